@@ -1,0 +1,1277 @@
+"""A²GNN: Affinity Attention Graph Neural Network for Weakly Supervised Semantic Segmentation, from boxes to a segmentation network.
+B. Zhang, J. Xiao, J. Jiao, Y. Wei, Y. Zhao; TPAMI 2021. Equation numbers are those of B. Zhang's thesis, chapter 3.
+
+Symbols      x image (B,3,H,W) · B_k box with label L_Bk · M_I, M'_I labels of the classifier, all and confident · M_B, M_F, M_g box, fused and
+             confident seeds (H,W), 255 = unknown · F_A affinity feature (B,448,h,w) · D affinity of a pair · V, X, E nodes, features, edges ·
+             H^l node features of layer l (B,h,w,256) · P^l attention · O class probability · K_j points that box j selects
+Equations    (3.1) eq3_1_cam_labels  (3.2) eq3_2_grabcut  (3.3) eq3_3_box_labels  (3.4) eq3_4_fuse  (3.5) eq3_5_confident
+             (3.6) eq3_6_7_pair_labels  (3.7) eq3_6_7_pair_labels  (3.8) eq3_8_affinity  (3.9) train_affinity  (3.10) eq3_10_affinity_loss
+             (3.11) window_offsets  (3.12) eq3_12_affinity_regularised  (3.13) eq3_13_gaussian  (3.14) eq3_14_edges  (3.15) eq3_15_node_features
+             (3.16) A2GNN  (3.17) eq3_17_18_attention  (3.18) eq3_17_18_attention  (3.19) A2GNN  (3.20) train_gnn  (3.21) eq3_21_cross_entropy
+             (3.22) eq3_22_regularised  (3.23) eq3_23_25_points  (3.24) eq3_23_25_points  (3.25) eq3_23_25_points  (3.26) eq3_26_multi_point
+             (3.27) eq3_27_prototypes  (3.28) eq3_28_consistency.   SEAM (§3.2's [57]): SEAM, seam_loss
+Figures      Fig. 3.2 = main(), left to right; Algorithm 2 = main(), top to bottom
+Commands     python a2gnn.py                                                      # embedded shapes, about ten minutes on two CPU cores
+             python a2gnn.py --data voc --supervision box --root data/voc         # paper: 73.8 mIoU val with CRF (COCO-pretrained DeepLab)
+             python a2gnn.py --data voc --supervision full --root data/voc        # upper bound; paper: 76.8
+             python a2gnn.py --data voc --backbone resnet101 --cam-backbone resnet38 --weights FILE.params   # the paper's classifier
+             python a2gnn.py --predict photos/ --checkpoint runs/a2gnn-voc-box-s0/segmenter.pt
+Departures   [D1] classifier and affinity CNN: paper ResNet-38, whose weights exist only as an MXNet file; default ResNet-50
+             [D2] segmentation network from ImageNet; the paper's 73.8 starts from a COCO-segmentation checkpoint, and trains with multi-scale inputs
+             [D3] Eq. 3.5 as printed keeps all of M_F (every label of M_F is one of M_B); read: "= M_B" only where the boxes alone decide
+             [D4] affinity CNN starts from the classifier; the authors' from an affinity network trained on all SEAM labels (paper silent)
+             [D5] Eqs. 3.12 and 3.22 are sums without a scale: 3.12 here the mean over pairs, 3.22 the mean over nodes of the sum over the window
+             [D6] Eq. 3.10 as printed; authors' code halves it and splits the positives in background and foreground (--split-positives)
+             [D7] Eqs. 3.7/3.11: Euclidean r = 5 for the affinity CNN as printed; the graph's window is the authors' square, --radius 4
+             [D8] Eq. 3.28: H ≥ 0 after Eq. 3.16's ReLU, so a plain cosine is never negative and the check never acts; the features are
+                  centred on the image's mean before the cosine (--consistency-cosine literal: as printed)
+             [D9] phase lengths, learning rate: paper's 50 + 50 epochs, 0.03; authors' code for boxes 150 + 150, 0.035; CE as Eq. 3.21 (authors' code
+                  averages foreground and background apart: --balanced-ce). Consistency check in phase two, anew each epoch; authors' code: in
+                  place and from the start (--consistency-in-place)
+             [D10] SGD without momentum for SEAM and the affinity CNN: what their published optimiser really does
+             [D11] box coordinates are zero-based (the published seeds use VOC's one-based ones); class scores of absent tags are set to 0
+             [D13] convolutions with odd kernels centre feature cell i on pixel stride·i, and maps are enlarged so; the usual bilinear
+                  enlargement of the authors' code places it half a cell off
+             [D12] random walk labels (Table 3.4's RW): started from the CAM inside the boxes of its class, background 1 outside all boxes
+"""
+
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import (ASPP, CRF, ConfusionMatrix, DeepLab, Run, contact_sheet, dense_crf, make_backbone, overlay,
+                    parse_args, poly, reduce, save_label, save_npz, world)
+from data import (Draws, Sample, color_jitter, crop, flip, load, normalise, read_image, read_label, rescale, resize,
+                  resize_long, with_labels)
+
+
+# ── Args ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass
+class Args:
+    # --- task ---
+    data: Literal["shapes", "voc", "workpiece"] = "shapes"
+    """data set of data.py; shapes is drawn on the fly, workpiece is any folder of your own"""
+    supervision: Literal["box", "full"] = "box"
+    """what the training set may reveal; full = the same segmentation network on ground truth (upper bound)"""
+    backbone: Literal["tiny", "resnet18", "resnet50", "resnet101", "vgg16", "mobilenet_v2", "resnet38"] = "resnet101"
+    """segmentation network (§3.4: ResNet-101)"""
+    cam_backbone: str = "resnet50"
+    """classifier and affinity CNN; paper: resnet38 with --weights FILE.params [D1]. "same" = --backbone"""
+    # --- run: the same lines in every file, so a diff shows only the method ---
+    root: str = ""
+    """where the data lies; default data/<name>"""
+    train_list: str = "train_aug"
+    """VOC: train_aug (10,582, needs SBD), train (1,464), or a file of names"""
+    preset: Literal["auto", "paper", "shapes", "photos"] = "auto"
+    """defaults for a small scale; auto = shapes for --data shapes, else the paper's values. A flag given by hand always wins"""
+    out: str = ""
+    """run folder; default runs/<method>-<data>-<supervision>-s<seed>. The same command again continues it"""
+    reuse: str = ""
+    """another run folder whose finished stages are taken over where the fields they depend on agree"""
+    fresh: bool = False
+    """start over in an existing run folder"""
+    seed: int = 0
+    """seeds python, numpy and torch"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+    amp: bool = True
+    """bf16 autocast of the networks on CUDA; losses stay in float32"""
+    workers: int = 2
+    """processes that load images, and that run the CRF on the CPU"""
+    weights: str = "imagenet"
+    """imagenet (torchvision's IMAGENET1K_V1), none, or a file"""
+    crf: Literal["pydensecrf", "none"] = "pydensecrf"
+    """dense CRF: pydensecrf, or none at all"""
+    predict: str = ""
+    """a picture or a folder: no training, writes masks and overlays; needs --checkpoint"""
+    checkpoint: str = ""
+    """checkpoint of the segmentation network for --predict"""
+    log_every: int = 20
+    """steps between two lines of log.jsonl"""
+    save_every: int = 200
+    """steps between two checkpoints"""
+    # --- 1 SEAM classifier (§3.2; the defaults are SEAM's own) ---
+    stride: int = 8
+    """output stride of classifier, affinity CNN and graph (§3.4)"""
+    cam_steps: int = 10_580
+    """8 epochs of 10,582 images at batch 8"""
+    cam_batch: int = 8
+    """images a step, over all processes"""
+    cam_lr: float = 0.01
+    """backbone weights; biases x2, new layers x10 and x20; poly 0.9"""
+    cam_momentum: float = 0.0
+    """SEAM's text says 0.9; its optimiser ran without [D10]"""
+    cam_crop: int = 448
+    """pixels"""
+    cam_resize: tuple[int, int] = (448, 768)
+    """the longer side is drawn from this range"""
+    cam_scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    """scales of the CAM, each with its mirror image"""
+    er_scale: float = 0.3
+    """scale of the second branch (equivariant regularisation)"""
+    ecr_top: float = 0.2
+    """share of the largest differences that the cross regularisation counts"""
+    # --- 2 seeds (§3.2, §3.3.2) ---
+    bg_low: float = 4.0
+    """background (1 - max CAM)^bg_low: large, so what stays foreground is foreground"""
+    bg_high: float = 24.0
+    """background (1 - max CAM)^bg_high: small, so what stays background is background"""
+    confident: float = 0.4
+    """§3.3.2: top 40 % confident pixels of each class"""
+    confident_fg: float = 0.01
+    """authors' code: CAM scores below this do not enter the ranking"""
+    confident_bg: float = 0.8
+    """authors' code: background score of a confident background pixel"""
+    confident_crf: float = 0.8
+    """authors' code: CRF probability of a confident pixel"""
+    seed_crf: CRF = CRF(3, 3, 80, 13, 10, 10)
+    """PSA's: Gauss σ and weight, bilateral σ_xy, σ_rgb and weight, iterations"""
+    grabcut_steps: int = 3
+    """iterations of GrabCut"""
+    grabcut_min: float = 0.15
+    """a GrabCut mask whose IoU with its box is below this becomes the whole box"""
+    # --- 3 affinity CNN (§3.3.3) ---
+    aff_steps: int = 31_740
+    """12 epochs of 10,582 images at batch 4 (authors' code)"""
+    aff_batch: int = 4
+    """images a step, over all processes"""
+    aff_lr: float = 0.01
+    """backbone weights; biases x2, new layers x10 and x20; poly 0.9"""
+    aff_momentum: float = 0.0
+    """see cam_momentum"""
+    aff_radius: int = 5
+    """r of Eqs. 3.7 and 3.11, grid cells"""
+    affinity_reg: bool = True
+    """L_Ar, Eq. 3.12 (Tables 3.4 and 3.8)"""
+    w_affinity_reg: float = 3.0
+    """λ of Eq. 3.9"""
+    split_positives: bool = False
+    """authors' code: background and foreground positives averaged apart, the whole loss halved [D6]"""
+    seed_labels: Literal["M_g", "M_F"] = "M_g"
+    """labels for affinity CNN and GNN (Table 3.8)"""
+    gauss_xy: float = 6.0
+    """σ_xy of Eq. 3.13, grid cells"""
+    gauss_rgb: float = 0.1
+    """σ_rgb of Eq. 3.13, on normalised colours"""
+    walk_bg: float = 6.0
+    """SEAM's random walk: background exponent"""
+    walk_beta: float = 8.0
+    """SEAM's random walk: power of the affinities"""
+    walk_steps: int = 64
+    """SEAM's random walk: number of steps"""
+    # --- 4 A²GNN (§3.3.4, §3.3.5) ---
+    gnn: Literal["a2gnn", "gcn", "gat", "agnn"] = "a2gnn"
+    """graph layer (Fig. 3.7)"""
+    nodes: Literal["pixel", "superpixel"] = "pixel"
+    """Table 3.6"""
+    edges: Literal["affinity", "distance"] = "affinity"
+    """Table 3.6: D of the affinity CNN, or the same form on the backbone's features"""
+    radius: int = 4
+    """neighbourhood (2r+1)² of the authors' code; 0 = the full graph [D7]"""
+    attention_only: bool = False
+    """Table 3.7: without the edge term"""
+    edge_only: bool = False
+    """Table 3.7: without the cosine"""
+    hidden: int = 256
+    """§3.4: width of the embedding and the attention layers"""
+    layers: int = 3
+    """§3.3.4: affinity attention layers"""
+    beta: float = 10.0
+    """β of Eq. 3.18 (authors' code; the paper gives no value)"""
+    sigma: float = 1e-3
+    """σ of Eq. 3.14"""
+    epochs: tuple[int, int] = (50, 50)
+    """§3.4: epochs of the two phases [D9]"""
+    gnn_lr: float = 0.03
+    """§3.4, Adam; authors' code for boxes 0.035"""
+    gnn_weight_decay: float = 5e-4
+    """§3.4"""
+    dropout: float = 0.5
+    """§3.4, after the first layer"""
+    reg: bool = True
+    """L_reg, Eq. 3.22 (Table 3.5)"""
+    w_reg: float = 0.01
+    """λ1 of Eq. 3.20"""
+    reg_radius: int = 5
+    """window of Eq. 3.22 (authors' code)"""
+    mp_loss: bool = True
+    """L_mp, Eq. 3.26 (Table 3.5)"""
+    mp_feature: bool = True
+    """the second, feature term of Eq. 3.26 (Fig. 3.8 e and f)"""
+    consistency: bool = True
+    """consistency check, Eqs. 3.27 and 3.28 (Table 3.5)"""
+    consistency_cosine: Literal["centred", "literal"] = "centred"
+    """literal never acts, since features are non-negative [D8]"""
+    consistency_in_place: bool = False
+    """authors' code: removed seeds never come back, checked from the first epoch [D9]"""
+    balanced_ce: bool = False
+    """authors' code: foreground and background averaged apart [D9]"""
+    batch_images: int = 8
+    """graphs trained side by side, each with its own parameters; does not change the result"""
+    gnn_crf: CRF = CRF(2, 3, 50, 5, 10, 10)
+    """CRF on the GNN's probabilities (authors' code)"""
+    # --- 5 segmentation network (§3.4) ---
+    train_on: Literal["pseudo", "pseudo_raw", "walk", "walk_crf", "seeds_F"] = "pseudo"
+    """labels of the segmentation network: A²GNN with or without CRF, random walk, plain box seeds M_F"""
+    seg_steps: int = 20_000
+    """DeepLab-v2's public PyTorch recipe"""
+    seg_batch: int = 10
+    """images a step, over all processes"""
+    seg_lr: float = 2.5e-4
+    """backbone; head x10, its biases x20; poly 0.9; momentum 0.9"""
+    seg_crop: int = 321
+    """pixels"""
+    seg_rescale: tuple[float, float] = (0.5, 1.5)
+    """range of the random scale"""
+    seg_stride: int = 8
+    """output stride of DeepLab"""
+    weight_decay: float = 5e-4
+    """of the three networks"""
+    test_scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)
+    """each with its mirror image"""
+    seg_crf: CRF = CRF(1, 3, 67, 3, 4, 10)
+    """DeepLab-v2's"""
+
+
+# What two CPU cores do in minutes; everything else as the paper.
+SHAPES = dict(backbone="tiny", cam_backbone="tiny", weights="none", stride=4, seg_stride=4, workers=2,
+              cam_steps=300, cam_batch=16, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 144),
+              cam_scales=(0.5, 1.0, 1.5), test_scales=(0.75, 1.0, 1.25), aff_steps=120, aff_batch=8, aff_lr=0.01, hidden=64, epochs=(15, 15),
+              seg_steps=500, seg_batch=16, seg_lr=0.02, seg_crop=96)
+PHOTOS = dict(cam_backbone="same", train_list="train", stride=16, seg_stride=16,
+              cam_steps=400, cam_lr=0.01, cam_crop=321, cam_resize=(321, 513),
+              aff_steps=260, aff_batch=4, hidden=64, epochs=(30, 30),
+              seg_steps=800, seg_batch=8, seg_lr=2e-3)
+
+# What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
+FIELDS = {
+    "classifier": "data root train_list seed weights cam_backbone stride weight_decay cam_steps cam_batch cam_lr cam_momentum "
+                  "cam_crop cam_resize er_scale ecr_top".split(),
+    "seeds": "supervision crf cam_scales bg_low bg_high confident confident_fg confident_bg confident_crf seed_crf grabcut_steps "
+             "grabcut_min".split(),
+    "affinity": "seed_labels aff_steps aff_batch aff_lr aff_momentum aff_radius affinity_reg w_affinity_reg split_positives "
+                "gauss_xy gauss_rgb".split(),
+    "walk": "walk_bg walk_beta walk_steps gnn_crf".split(),
+    "pseudo": "gnn nodes edges radius attention_only edge_only hidden layers beta sigma epochs gnn_lr gnn_weight_decay dropout reg "
+              "w_reg reg_radius mp_loss mp_feature consistency consistency_cosine consistency_in_place balanced_ce".split(),
+    "segmenter": "backbone train_on seg_steps seg_batch seg_lr seg_crop seg_rescale seg_stride".split(),
+}
+
+
+# ── Networks (§3.2, §3.3.3, §3.3.4) ──────────────────────────────────────────────────────────────────────────────────
+class SEAM(nn.Module):
+    """Classifier with pixel-correlation module (§3.2's [57]).
+
+    forward(*images), each (B,3,H,W)  ->  one pair (cam, refined) per image, both (B,K,h,w), before any normalisation.
+    """
+
+    def __init__(self, backbone, classes):
+        super().__init__()
+        low, mid, high = backbone.channels[-3:]
+        self.backbone = backbone
+        self.dropout = nn.Dropout2d(0.5)
+        self.classifier = nn.Conv2d(high, classes, 1, bias=False)
+        self.low, self.mid = nn.Conv2d(low, 64, 1, bias=False), nn.Conv2d(mid, 128, 1, bias=False)
+        self.embed = nn.Conv2d(64 + 128 + 3, 192, 1, bias=False)
+
+    def forward(self, *images):
+        outputs = []
+        for image in images:
+            taps = self.backbone(image)
+            cam = self.classifier(self.dropout(taps[-1]))
+            low, mid = F.relu(self.low(taps[-3].detach())), F.relu(self.mid(taps[-2].detach()))
+            feature = torch.cat([resample(t, cam.shape[-2:]) for t in (image, low, mid)], dim=1)
+            outputs.append((cam.float(), pixel_correlation(cam.float().detach(), self.embed(feature).float())))
+        return outputs
+
+    def new_layers(self):
+        return [self.classifier, self.low, self.mid, self.embed]
+
+
+class AffinityNet(nn.Module):
+    """Affinity CNN (§3.3.3, Fig. 3.3): the last three blocks -> 64/128/256 channels -> 448 -> F_A.
+
+    forward(image (B,3,H,W))  ->  F_A (B,448,h,w), X (B,D,h,w) the concatenated features of the three blocks (Eq. 3.15's x).
+    """
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.reduce = nn.ModuleList(nn.Conv2d(c, d, 1, bias=False) for c, d in zip(backbone.channels[-3:], (64, 128, 256), strict=True))
+        self.fuse = nn.Conv2d(448, 448, 1, bias=False)
+        self.feature_dim = sum(backbone.channels[-3:])
+
+    def forward(self, image):
+        taps = self.backbone(image)[-3:]
+        taps = [resample(t, taps[-1].shape[-2:]) for t in taps]
+        reduced = [F.elu(conv(t)) for conv, t in zip(self.reduce, taps, strict=True)]
+        return F.elu(self.fuse(torch.cat(reduced, dim=1))).float(), torch.cat(taps, dim=1).float()
+
+    def new_layers(self):
+        return [*self.reduce, self.fuse]
+
+
+class A2GNN(nn.Module):
+    """B affinity attention networks side by side (Eqs. 3.16–3.19), one per image, each with its own parameters.
+
+    forward(x (B,h,w,D), edges (B,T,q,k), window, keep (B,h,w,hidden) dropout factors or None)  ->  H^{L+1} (B,h,w,hidden), logits (B,h,w,C).
+    `generators` (one torch.Generator per image) draw the initial parameters, so that they do not depend on the image's neighbours in the batch.
+    """
+
+    def __init__(self, generators, dim, classes, hidden=256, layers=3, beta=10.0, kind="a2gnn", use_cos=True, use_edge=True):
+        super().__init__()
+        def xavier(i, o):
+            draws = [torch.rand(i, o, generator=g, device=g.device) for g in generators]
+            return nn.Parameter((torch.stack(draws) * 2 - 1) * (6 / (i + o)) ** 0.5)
+        self.W0 = xavier(dim, hidden)                                                   # (B,D,hidden)
+        self.w = nn.Parameter(torch.stack([torch.rand(layers, generator=g, device=g.device) for g in generators]))   # w^l ~ U(0,1)
+        self.W = xavier(hidden, classes)                                                # W^{L+1}
+        self.kind, self.beta, self.layers, self.use_cos, self.use_edge = kind, beta, layers, use_cos, use_edge
+        if kind in ("gcn", "gat"):
+            self.Wl = nn.ParameterList(xavier(hidden, hidden) for _ in range(layers))
+        if kind == "gat":
+            self.al = nn.ParameterList(xavier(hidden, 2) for _ in range(layers))
+
+    def forward(self, x, edges, window, keep=None):
+        B, h, w, D = x.shape
+        H = F.relu(x.reshape(B, h * w, D) @ self.W0).view(B, h, w, -1)                   # Eq. (3.16)
+        H = H if keep is None else H * keep                                             # §3.4: dropout after the first layer
+        for i in range(self.layers):
+            if self.kind in ("gcn", "gat"):
+                H = (H.flatten(1, 2) @ self.Wl[i]).view(B, h, w, -1)
+            if self.kind == "gcn":
+                H = F.relu(gcn_layer(H, edges, window))
+            elif self.kind == "gat":
+                H = F.elu(gat_layer(H, edges, self.al[i], window))
+            else:
+                H = eq3_17_18_attention(H, edges, self.w[:, i], self.beta, window,
+                                        self.use_cos, self.use_edge and self.kind == "a2gnn")
+        return H, (H.flatten(1, 2) @ self.W).view(B, h, w, -1)                          # Eq. (3.19), softmax in the loss
+
+
+class Window:
+    """The graph's neighbourhoods as dense tiles: an h x w grid is cut into tiles of t x t nodes, t = 2r (the queries); all nodes within
+    r of any of them lie in 2t x 2t nodes around the tile (the keys). A (2r+1)² window thus costs small dense products and never N x N.
+    r = 0 is the full graph: one tile, all nodes are keys. Nodes beyond the grid are zeros; who connects with whom is said by the edges.
+    """
+
+    def __init__(self, h, w, r):
+        self.h, self.w, self.r, self.t = h, w, r, 2 * r
+        self.th, self.tw = (-(-h // self.t), -(-w // self.t)) if r else (1, 1)
+
+    def queries(self, x):
+        """(B,h,w,C) -> (B,T,q,C)"""
+        if self.r == 0:
+            return x.flatten(1, 2)[:, None]
+        t = self.t
+        x = F.pad(x, (0, 0, 0, self.tw * t - self.w, 0, self.th * t - self.h))
+        return x.unflatten(2, (self.tw, t)).unflatten(1, (self.th, t)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    def keys(self, x):
+        """(B,h,w,C) -> (B,T,k,C)"""
+        if self.r == 0:
+            return x.flatten(1, 2)[:, None]
+        r, t, th, tw = self.r, self.t, self.th, self.tw
+        x = F.pad(x, (0, 0, r, (tw + 1) * t - self.w - r, r, (th + 1) * t - self.h - r))
+        x = x.unflatten(2, (tw + 1, t)).unflatten(1, (th + 1, t)).transpose(2, 3)                # (B, th+1, tw+1, t, t, C)
+        near = [x[:, a:a + th, b:b + tw].flatten(3, 4) for a in (0, 1) for b in (0, 1)]
+        return torch.cat(near, dim=3).flatten(1, 2)
+
+    def fold(self, y):
+        """(B,T,q,C) -> (B,h,w,C), the inverse of queries"""
+        if self.r == 0:
+            return y[:, 0].unflatten(1, (self.h, self.w))
+        y = y.unflatten(2, (self.t, self.t)).unflatten(1, (self.th, self.tw)).transpose(2, 3)      # (B, th, t, tw, t, C)
+        return y.flatten(3, 4).flatten(1, 2)[:, :self.h, :self.w]
+
+
+def resample(x, size):
+    """Bilinear (B,C,h,w) -> (B,C,*size)."""
+    return x if x.shape[-2:] == tuple(size) else F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+def lerp_matrix(pixels, nodes, stride, shape, device):
+    """Bilinear weights that enlarge one axis. Feature cell i lies at pixel stride·i [D13]; beyond the last cell its value is repeated.
+
+    pixels, nodes: the image's own numbers; shape: (rows, columns) of the padded matrix, rows ≥ pixels, columns ≥ nodes -> float32
+    """
+    index = torch.arange(pixels, device=device)
+    place = (index / stride).clamp_max(nodes - 1)
+    low = place.floor().long()
+    matrix = torch.zeros(shape, device=device)
+    matrix[index, low] = 1 - (place - low)
+    matrix[index, (low + 1).clamp_max(nodes - 1)] += place - low
+    return matrix
+
+
+def enlarge(x, rows, columns):
+    """Node maps to pixel maps by two products.   x (B,C,h,w), rows (B,H,h), columns (B,W,w) -> (B,C,H,W)"""
+    B, C, h, w = x.shape
+    x = (x.reshape(B, C * h, w) @ columns.transpose(1, 2)).view(B, C, h, -1)
+    return (rows[:, None] @ x)
+
+
+def cells_to_pixels(x, stride, size):
+    """Feature maps (B,C,h,w) of one image size -> (B,C,*size).   [D13]"""
+    rows, columns = (lerp_matrix(n, cells, stride, (n, cells), x.device) for n, cells in zip(size, x.shape[-2:], strict=True))
+    return enlarge(x, rows[None], columns[None])
+
+
+# ── SEAM (§3.2) ──────────────────────────────────────────────────────────────────────────────────────────────────────
+def minmax(cam):
+    """Negative scores to 0, then each map to [0,1]; a flat map becomes 0.   (…,h,w)"""
+    cam = F.relu(cam)
+    low, high = cam.amin((-2, -1), keepdim=True), cam.amax((-2, -1), keepdim=True)
+    return F.relu(cam - low - 1e-5) / (high - low + 1e-5)
+
+
+def pixel_correlation(cam, feature):
+    """Pixel-correlation module: each pixel's class scores become the mean over all pixels, weighted by the positive part of the cosine of
+    their features. cam (B,K,h,w) without gradient; only each pixel's best class speaks. feature (B,192,h,w) -> (B,K,h,w)."""
+    cam = F.relu(cam)
+    cam = cam / (cam.amax((-2, -1), keepdim=True) + 1e-5)
+    cam = cam * (cam == cam.amax(1, keepdim=True))
+    f = F.normalize(feature.flatten(2), dim=1)
+    similar = F.relu(f.transpose(1, 2) @ f)                                              # (B,N,N)
+    similar = similar / (similar.sum(1, keepdim=True) + 1e-5)
+    return (cam.flatten(2) @ similar).view_as(cam)
+
+
+def seam_loss(full, small, tags, ecr_top):
+    """L_cls + L_ER + L_ECR.  full, small: (cam, refined) at scale 1 and er_scale; tags (B,K) float.
+
+    L_ER: L1 between the CAMs of both scales.  L_ECR: L1 between each scale's refined CAM and the other scale's plain one, its largest 20 % only.
+    """
+    (cam1, refined1), (cam2, refined2) = full, small
+    loss_cls = sum(F.multilabel_soft_margin_loss(cam.mean((2, 3)), tags) for cam in (cam1, cam2)) / 2
+    here = tags[:, :, None, None]
+    size = cam2.shape[-2:]
+    cam1, refined1 = resample(minmax(cam1), size) * here, resample(minmax(refined1), size) * here
+    cam2, refined2 = minmax(cam2) * here, minmax(refined2) * here
+    loss_er = (cam1 - cam2).abs().mean()
+    loss_ecr = (hardest(best_only(cam2.detach()) - refined1, ecr_top) + hardest(best_only(cam1.detach()) - refined2, ecr_top))
+    return loss_cls, loss_er, loss_ecr
+
+
+def best_only(cam):
+    """Background score 1 − max put first, then only each pixel's best class keeps its score; background is dropped again."""
+    background = 1 - cam.amax(1, keepdim=True)
+    return cam * (cam == cam.amax(1, keepdim=True)) * (cam >= background)
+
+
+def hardest(difference, share):
+    """Mean of the largest `share` of |difference| in each image.   (B,K,h,w) -> scalar"""
+    difference = difference.abs().flatten(1)
+    return difference.topk(max(1, int(share * difference.shape[1])), dim=1).values.mean()
+
+
+@torch.no_grad()
+def multi_scale_cam(net, image, tags, scales, stride, device):
+    """Refined CAM summed over scales and mirror images.   image (H,W,3) uint8, tags (K,) bool -> (K,H,W) float32 in [0,1], absent classes 0"""
+    x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
+    total = 0
+    for scale in scales:
+        size = [max(32, round(n * scale)) for n in image.shape[:2]]
+        scaled = resample(x, size)
+        cam = cells_to_pixels(net(torch.cat([scaled, scaled.flip(-1)]))[0][1], stride, size)
+        total = total + resample(F.relu(cam[:1] + cam[1:].flip(-1)), image.shape[:2])[0]
+    return (minmax(total) * torch.as_tensor(tags, device=device)[:, None, None]).cpu().numpy()
+
+
+# ── Seeds (§3.2, §3.3.2): arrays in, arrays out ──────────────────────────────────────────────────────────────────────
+def with_background(cam, exponent):
+    """(K,H,W) in [0,1] -> (K+1,H,W): background score (1 − max)^exponent first."""
+    return np.concatenate([(1 - cam.max(0, keepdims=True)) ** exponent, cam])
+
+
+def eq3_1_cam_labels(crf_low, crf_high):
+    """Eq. (3.1): M_I. Foreground where it wins against the large background, background where it wins against the small one, else 255.
+
+    crf_low, crf_high (K+1,H,W): CRF probabilities of the CAM with background exponents bg_low and bg_high -> (H,W) uint8
+    """
+    low, high = crf_low.argmax(0), crf_high.argmax(0)
+    return np.where(low > 0, low, np.where(high == 0, 0, 255)).astype(np.uint8)
+
+
+def confident_cam_labels(label, cam, crf_low, crf_high, bg_exponent, share, fg, bg, crf_prob):
+    """§3.3.2: M'_I, the top `share` of each class. Keeps a pixel of M_I if the CRF is sure of it and the CAM ranks it among the best."""
+    scores = with_background(cam, bg_exponent)
+    winner = scores.argmax(0)
+    sure = np.zeros(label.shape, bool)
+    for c in np.unique(label[(label > 0) & (label < 255)]):
+        candidates = (winner == c) & (scores[c] > fg)
+        if candidates.any():
+            threshold = np.quantile(scores[c][candidates], 1 - share)
+            sure |= (label == c) & candidates & (scores[c] > threshold) & (crf_low[c] >= crf_prob)
+    sure |= (label == 0) & (scores[0] > bg) & (crf_high[0] >= crf_prob)
+    return np.where(sure, label, 255).astype(np.uint8)
+
+
+def pixel_box(box, H, W):
+    """[c, x0, y0, x1, y1] floats -> class, slice of rows, slice of columns; at least one pixel."""
+    c, x0, y0, x1, y1 = box
+    x0, y0 = min(int(np.floor(x0)), W - 1), min(int(np.floor(y0)), H - 1)
+    return int(c), slice(max(y0, 0), max(int(np.ceil(y1)), y0 + 1)), slice(max(x0, 0), max(int(np.ceil(x1)), x0 + 1))
+
+
+def eq3_2_grabcut(image, box, steps, minimum):
+    """Eq. (3.2): the pixels that GrabCut calls foreground inside one box.   image (H,W,3) uint8 -> (H,W) bool
+
+    Whole box where GrabCut finds next to nothing (IoU with the box below `minimum`) or has no background to learn from.
+    """
+    import cv2
+
+    H, W = image.shape[:2]
+    _, rows, columns = pixel_box(box, H, W)
+    inside = np.zeros((H, W), bool)
+    inside[rows, columns] = True
+    if inside.all() or inside.sum() < 16:
+        return inside
+    state = np.where(inside, cv2.GC_PR_FGD, cv2.GC_BGD).astype(np.uint8)
+    cv2.setRNGSeed(0)
+    model = np.zeros((1, 65)), np.zeros((1, 65))
+    cv2.grabCut(np.ascontiguousarray(image[..., ::-1]), state, None, *model, steps, cv2.GC_INIT_WITH_MASK)
+    found = ((state == cv2.GC_FGD) | (state == cv2.GC_PR_FGD)) & inside
+    return found if found.sum() >= minimum * inside.sum() else inside
+
+
+def eq3_3_box_labels(boxes, masks, H, W):
+    """Eq. (3.3): M_B and the owner of each pixel. Background outside all boxes, GrabCut's pixels inside, 255 where GrabCut says no.
+
+    boxes (M,5), masks list of (H,W) bool -> M_B (H,W) uint8, owner (H,W) int (index of the box, -1 = none). The smaller mask wins.
+    """
+    M_B, owner = np.zeros((H, W), np.uint8), np.full((H, W), -1)
+    for box in boxes:
+        _, rows, columns = pixel_box(box, H, W)
+        M_B[rows, columns] = 255
+    for k in sorted(range(len(masks)), key=lambda k: -masks[k].sum()):
+        M_B[masks[k]], owner[masks[k]] = int(boxes[k][0]), k
+    return M_B, owner
+
+
+def eq3_4_fuse(M_I, M_B, owner, boxes):
+    """Eq. (3.4): M_F, and where it was decided by the boxes alone (rows 1 and 3).   -> (H,W) uint8, (H,W) bool"""
+    H, W = M_I.shape
+    inside, alone = np.zeros((H, W), bool), np.zeros((H, W), bool)
+    for k, box in enumerate(boxes):
+        c, rows, columns = pixel_box(box, H, W)
+        inside[rows, columns] = True
+        if not (M_I[rows, columns] == c).any():                                          # L_Bk ∉ S(M_{I−Bk})
+            alone |= owner == k
+    M_F = np.where(M_I == M_B, M_I, 255)                                                # row 2
+    M_F = np.where(alone | ~inside, M_B, M_F)                                           # rows 3 and 1
+    return M_F.astype(np.uint8), alone | ~inside
+
+
+def eq3_5_confident(M_F, M_I_confident, by_boxes):
+    """Eq. (3.5): M_g = M_F where it equals M'_I, or where the boxes alone decided it.  [D3] (H,W) uint8"""
+    return np.where(by_boxes | (M_F == M_I_confident), M_F, 255).astype(np.uint8)
+
+
+# ── Affinity CNN (§3.3.3): pairs and losses ──────────────────────────────────────────────────────────────────────────
+def window_offsets(radius):
+    """Eq. (3.11): half of the (dy,dx) with ‖(dy,dx)‖₂ ≤ r; each unordered pair of pixels once, borders left out by `shifted`."""
+    span = range(-radius, radius + 1)
+    return [(dy, dx) for dy in range(radius + 1) for dx in span if (dy > 0 or dx > 0) and dy * dy + dx * dx <= radius * radius]
+
+
+def shifted(x, dy, dx):
+    """The two ends of all pairs (i, i + (dy,dx)) inside the map, dy ≥ 0.   (B,h,w,…) -> two views of equal shape"""
+    h, w = x.shape[1:3]
+    return (x[:, :h - dy, max(0, -dx):w - max(0, dx)], x[:, dy:, max(0, dx):w - max(0, -dx)])
+
+
+class PairDistance(torch.autograd.Function):
+    """‖F_A(i) − F_A(j)‖₁ / d_A of all pairs, offset by offset: memory stays that of one offset, forward and backward.
+
+    feature (B,h,w,C) contiguous -> (B, P) with P pairs in the order of `offsets`
+    """
+
+    @staticmethod
+    def forward(ctx, feature, offsets):
+        ctx.save_for_backward(feature)
+        ctx.offsets = offsets
+        return torch.cat([(a - b).abs_().mean(-1).flatten(1) for a, b in (shifted(feature, *o) for o in offsets)], dim=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        feature, = ctx.saved_tensors
+        out, start = torch.zeros_like(feature), 0
+        for offset in ctx.offsets:
+            a, b = shifted(feature, *offset)
+            n = a.shape[1] * a.shape[2]
+            g = grad[:, start:start + n].view(len(a), a.shape[1], a.shape[2], 1) / feature.shape[-1]
+            step = (a - b).sign_().mul_(g)
+            out_a, out_b = shifted(out, *offset)
+            out_a += step
+            out_b -= step
+            start += n
+        return out, None
+
+
+def eq3_8_affinity(distance):
+    """Eq. (3.8): D(i,j) = exp(−‖F_A(i) − F_A(j)‖₁ / d_A).   distance: the exponent, any shape"""
+    return torch.exp(-distance)
+
+
+def eq3_6_7_pair_labels(seed, offsets):
+    """Eqs. (3.6), (3.7): L_A = 1 same label, 0 different, 255 where an end is unknown.   seed (B,h,w) -> (B,P) each: L_A, label of i"""
+    pairs = [(a.flatten(1), b.flatten(1)) for a, b in (shifted(seed, *o) for o in offsets)]
+    a, b = (torch.cat(side, dim=1) for side in zip(*pairs, strict=True))
+    label = torch.where((a == 255) | (b == 255), 255, (a == b).long())
+    return label, a
+
+
+def masked_mean(value, mask):
+    """Mean of `value` where `mask`, over the global batch of all processes; 0 where the mask is empty."""
+    count = reduce(mask.sum().float()) / world()
+    return (value * mask).sum() / count.clamp_min(1 / world())
+
+
+def eq3_10_affinity_loss(distance, label, first, split):
+    """Eq. (3.10): −mean log D over A⁺ − mean log(1 − D) over A⁻.   distance, label, first (B,P)   [D6] split: the authors' balance"""
+    positive = distance                                                                 # −log D
+    negative = -torch.log(-torch.expm1(-distance.clamp_min(1e-5)))                      # −log(1 − D); the clamp keeps it finite at D = 1
+    differ = masked_mean(negative, label == 0)
+    if split:
+        same = masked_mean(positive, (label == 1) & (first == 0)) + masked_mean(positive, (label == 1) & (first > 0))
+        return same / 4 + differ / 2
+    return masked_mean(positive, label == 1) + differ
+
+
+def eq3_13_gaussian(delta_xy, delta_rgb, sigma_xy, sigma_rgb):
+    """Eq. (3.13): exp(−‖ΔPos‖²/2σ_xy² − ‖ΔCor‖²/2σ_rgb²) from squared distances; [i ≠ j] is the caller's mask."""
+    return torch.exp(-delta_xy / (2 * sigma_xy**2) - delta_rgb / (2 * sigma_rgb**2))
+
+
+def eq3_12_affinity_regularised(distance, colour, offsets, sigma_xy, sigma_rgb):
+    """Eq. (3.12): mean over all pairs of G(i,j) ‖F_A(i) − F_A(j)‖₁ / d_A.  [D5] distance (B,P), colour (B,h,w,3) on the grid"""
+    weight = []
+    for dy, dx in offsets:
+        a, b = shifted(colour, dy, dx)
+        rgb = (a - b).pow(2).sum(-1).flatten(1)
+        weight.append(eq3_13_gaussian(torch.full_like(rgb, dy * dy + dx * dx), rgb, sigma_xy, sigma_rgb))
+    return (torch.cat(weight, dim=1) * distance).mean()
+
+
+# ── Graph (§3.3.3 "Convert Image to Graph") ──────────────────────────────────────────────────────────────────────────
+def eq3_14_edges(distance, connected, sigma):
+    """Eq. (3.14): E = D where D > σ, else 0; nodes outside S(i) get 0.   distance, connected (…,q,k)"""
+    D = eq3_8_affinity(distance)
+    return D * ((D > sigma) & connected)
+
+
+def eq3_15_node_features(x):
+    """Eq. (3.15): each node's feature divided by its sum.   (…,D); features are ≥ 0 after ReLU"""
+    return x / x.sum(-1, keepdim=True).clamp_min(1e-6)
+
+
+@torch.no_grad()
+def image_to_graph(net, image, stride, nodes, edges, device):
+    """One image as nodes (Fig. 3.3), not yet joined by edges.   image (H,W,3) uint8 -> namespace of
+    x (h,w,D) node features · f (h,w,d) features that D compares · colour (h,w,3) · place (h,w,2) grid position · adjacent (N,N) or None ·
+    pixels: (rows (H,h), columns (W,w)) or an index map (H,W) for superpixels."""
+    x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
+    F_A, X = net(x)
+    colour = F.avg_pool2d(x, stride + 1, stride, stride // 2, count_include_pad=False)    # centred on the cells, like the convolutions
+    (h, w), (H, W) = F_A.shape[-2:], image.shape[:2]
+    grid = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), dim=-1).float().to(device)
+    rows, columns = lerp_matrix(H, h, stride, (H, h), device), lerp_matrix(W, w, stride, (W, w), device)
+    f = F_A if edges == "affinity" else X
+    if nodes == "pixel":
+        to_last = (t[0].permute(1, 2, 0).contiguous() for t in (X, f, colour))
+        x, f, colour = to_last
+        return SimpleNamespace(x=eq3_15_node_features(x), f=f, colour=colour, place=grid, valid=torch.ones_like(grid[..., :1]),
+                               adjacent=None, pixels=(rows, columns), size=(H, W))
+    index, adjacent = superpixels(image, h * w)
+    index = torch.as_tensor(index, device=device)
+    count = torch.bincount(index.flatten())[:, None]
+    def pool(t):                                                                         # (1,C,h,w) -> (1,N,C), mean over each superpixel
+        pixels = enlarge(t, rows[None], columns[None])[0].flatten(1).T
+        return (torch.zeros(len(count), pixels.shape[1], device=device).index_add_(0, index.flatten(), pixels) / count)[None]
+    place = pool(grid.permute(2, 0, 1)[None])
+    return SimpleNamespace(x=eq3_15_node_features(pool(X)), f=pool(f), colour=pool(colour), place=place, valid=torch.ones_like(place[..., :1]),
+                           adjacent=torch.as_tensor(adjacent, device=device), pixels=index, size=(H, W))
+
+
+def superpixels(image, number):
+    """SLIC (scikit-image) as GraphNet's nodes (Table 3.6).   -> index (H,W) int64 from 0, adjacency (N,N) bool with self"""
+    from skimage.segmentation import slic
+
+    index = np.unique(slic(image, n_segments=number, compactness=10, start_label=0), return_inverse=True)[1].reshape(image.shape[:2])
+    adjacent = np.eye(index.max() + 1, dtype=bool)
+    for a, b in ((index[1:], index[:-1]), (index[:, 1:], index[:, :-1])):
+        adjacent[a, b] = adjacent[b, a] = True
+    return index, adjacent
+
+
+class Pairs:
+    """All pairs of nodes of B graphs, padded to a common grid, that are at most `radius` apart (superpixels: that touch), as tiles.
+
+    window · near (B,T,q,k) bool · squared distances of grid place and colour · distance(): Eq. (3.8)'s exponent on the features f
+    """
+
+    def __init__(self, graphs, radius, euclidean=False):
+        self.graphs, superpixel = graphs, graphs[0].adjacent is not None
+        h, w = (max(g.x.shape[i] for g in graphs) for i in (0, 1))
+        self.window = Window(h, w, 0 if superpixel else radius)
+        place, self.colour, valid = self.padded("place"), self.padded("colour"), self.padded("valid")
+        dy, dx = (self.apart(place[..., i:i + 1]) for i in (0, 1))
+        self.place = dy * dy + dx * dx
+        self.near = (self.window.queries(valid) > 0) & (self.window.keys(valid).transpose(-1, -2) > 0)
+        if superpixel:
+            fit = lambda a: F.pad(a, (0, w - len(a), 0, w - len(a)))
+            self.near &= torch.stack([fit(g.adjacent) for g in graphs])[:, None]
+        elif radius > 0:
+            self.near &= self.place <= radius**2 if euclidean else torch.maximum(dy.abs(), dx.abs()) <= radius
+
+    def padded(self, key):
+        h, w = self.window.h, self.window.w
+        return torch.stack([F.pad(t, (0, 0, 0, w - t.shape[1], 0, h - t.shape[0])) for t in (getattr(g, key) for g in self.graphs)])
+
+    def apart(self, t):
+        return self.window.queries(t) - self.window.keys(t).transpose(-1, -2)                    # (B,T,q,k), t has one channel
+
+    def squared_colour(self):
+        return sum(self.apart(self.colour[..., i:i + 1]) ** 2 for i in range(3))
+
+    def distance(self):
+        f = self.padded("f")
+        return torch.cdist(self.window.queries(f), self.window.keys(f), p=1.0) / f.shape[-1]
+
+
+def random_walk(score, affinity, window, steps):
+    """Table 3.4's RW: scores (B,h,w,C) move `steps` times along the row-normalised affinities (B,T,q,k), 0 between unconnected nodes."""
+    transition = affinity / affinity.sum(-1, keepdim=True).clamp_min(1e-12)
+    for _ in range(steps):
+        score = window.fold(transition @ window.keys(score))
+    return score
+
+
+# ── A²GNN (§3.3.4, §3.3.5): layer and losses. All losses return one value per image (B,), since each image has its own network ───────
+def eq3_17_18_attention(H, E, w, beta, window, use_cos=True, use_edge=True):
+    """Eqs. (3.17), (3.18): H^{l+1} = P H^l,  P(i,j) = softmax_{j∈S(i)} ( w cos(H_i,H_j) + β [cos(H_i,H_j) > 0] E_ij ).
+
+    H (B,h,w,d), E (B,T,q,k) with 0 for j ∉ S(i), w (B,) -> (B,h,w,d)
+    """
+    norm = H.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    unit = H / norm
+    k = window.keys(unit)
+    cos = window.queries(unit) @ k.transpose(-1, -2)
+    logits = (w[:, None, None, None] if use_cos else 0) * cos
+    logits = logits + torch.where(E > 0, beta * E * (cos > 0) if use_edge else 0.0, -1e9)         # j ∉ S(i): out of the softmax
+    return window.fold((logits.softmax(-1) * window.keys(norm).transpose(-1, -2)) @ k)
+
+
+def gcn_layer(H, E, window):
+    """GCN (Kipf and Welling): neighbours' mean with symmetric normalisation, edges 0/1 (Fig. 3.7)."""
+    A = (E > 0).float()
+    degree = window.fold(A.sum(-1, keepdim=True)).clamp_min(1).rsqrt()
+    return window.fold(A @ window.keys(H * degree)) * degree
+
+
+def gat_layer(H, E, a, window):
+    """GAT (Veličković et al.), one head: softmax over S(i) of LeakyReLU(a₁·H_i + a₂·H_j).   a (B,d,2)"""
+    s = (H.flatten(1, 2) @ a).view(*H.shape[:3], 2)
+    logits = F.leaky_relu(window.queries(s)[..., :1] + window.keys(s)[..., 1:].transpose(-1, -2), 0.2)
+    return window.fold(logits.masked_fill(E <= 0, -1e9).softmax(-1) @ window.keys(H))
+
+
+def eq3_21_cross_entropy(log_O, M_g, balanced=False):
+    """Eq. (3.21): −mean over labelled pixels of log O.   log_O (B,C,H,W), M_g (B,H,W)   [D9] balanced: foreground and background apart"""
+    nll = -log_O.gather(1, M_g.clamp_max(log_O.shape[1] - 1)[:, None])[:, 0]
+    sets = ((M_g == 0), (M_g > 0) & (M_g != 255)) if balanced else (M_g != 255,)
+    return sum((nll * s).sum((1, 2)) / s.sum((1, 2)).clamp_min(1) for s in sets)
+
+
+def eq3_22_regularised(O, G, window, nodes):
+    """Eq. (3.22): Σ_ab G(a,b) Σ_{ci≠cj} O^ci(a) O^cj(b), over the window, per node [D5].   O (B,h,w,C), G (B,T,q,k), nodes (B,)"""
+    differ = 1 - window.queries(O) @ window.keys(O).transpose(-1, -2)
+    return (G * differ).sum((1, 2, 3)) / nodes
+
+
+@torch.no_grad()
+def eq3_23_25_points(O, boxes):
+    """Eqs. (3.23)–(3.25): in each row and column of each box the pixel where the box's class is most probable.
+
+    O (B,C,H,W), boxes (M,6) long [image, class, x0, y0, x1, y1] -> y (M,H+W), x (M,H+W), valid (M,H+W)
+    """
+    image, c, x0, y0, x1, y1 = boxes.unbind(1)
+    H, W = O.shape[-2:]
+    Y, X = torch.arange(H, device=O.device), torch.arange(W, device=O.device)
+    in_y, in_x = (Y >= y0[:, None]) & (Y < y1[:, None]), (X >= x0[:, None]) & (X < x1[:, None])
+    prob = O[image, c].masked_fill(~(in_y[:, :, None] & in_x[:, None, :]), -1)
+    y = torch.cat([Y.expand(len(boxes), H), prob.argmax(1)], dim=1)
+    x = torch.cat([prob.argmax(2), X.expand(len(boxes), W)], dim=1)
+    return y, x, torch.cat([in_y, in_x], dim=1)
+
+
+def eq3_26_multi_point(log_O, H_points, boxes, points, feature=True):
+    """Eq. (3.26): −mean log O^{B_j} over the points + mean of 1 − cos(H_m,H_n) over all pairs of points of one box.
+
+    H_points (M,P,d) node features at the points. Σ_mn cos = ‖Σ_m H_m/‖H_m‖‖², so the pairs cost no more than the points.
+    """
+    y, x, valid = points
+    image, c, B = boxes[:, 0], boxes[:, 1], len(log_O)
+    per_image = lambda value: torch.zeros(B, device=value.device).index_add(0, image, value)
+    n = valid.sum(1).float()
+    nll = -(log_O[image[:, None], c[:, None], y, x] * valid).sum(1)
+    loss = per_image(nll) / per_image(n).clamp_min(1)
+    if feature:
+        unit = F.normalize(H_points, dim=-1, eps=1e-8) * valid[..., None]
+        loss = loss + per_image(n * n - unit.sum(1).pow(2).sum(-1)) / per_image(n * n).clamp_min(1)
+    return loss
+
+
+def eq3_27_prototypes(H_points, valid):
+    """Eq. (3.27): mean feature of a box's points.   (M,P,d), (M,P) -> (M,d)"""
+    return (H_points * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp_min(1)
+
+
+@torch.no_grad()
+def eq3_28_consistency(M_g, dot, boxes):
+    """Eq. (3.28): a seed of the box's class inside the box becomes 255 where its cosine with the box's prototype is not above 0.
+
+    M_g (B,H,W), dot (M,H,W): inner product of pixel feature and prototype (the cosine's sign; it is linear, so it may be enlarged) -> (B,H,W)
+    """
+    image, c, x0, y0, x1, y1 = boxes.unbind(1)
+    Y, X = torch.arange(M_g.shape[1], device=M_g.device), torch.arange(M_g.shape[2], device=M_g.device)
+    inside = ((Y >= y0[:, None]) & (Y < y1[:, None]))[:, :, None] & ((X >= x0[:, None]) & (X < x1[:, None]))[:, None, :]
+    noisy = inside & (M_g[image] == c[:, None, None]) & (dot <= 0)
+    removed = torch.zeros(M_g.shape, device=M_g.device).index_add_(0, image, noisy.float()) > 0
+    return torch.where(removed, 255, M_g)
+
+
+# ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def group_rates(net, new_layers, lr, weight_decay):
+    """Optimiser groups of the PSA family: backbone weights x1, biases x2, new layers x10, their biases x20."""
+    new = {id(p) for layer in new_layers for p in layer.parameters()}
+    groups = {factor: [] for factor in (1, 2, 10, 20)}
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            groups[(10 if id(p) in new else 1) * (2 if name.endswith("bias") else 1)].append(p)
+    return [{"params": params, "lr": lr * factor, "weight_decay": weight_decay} for factor, params in groups.items() if params]
+
+
+def make_classifier(args, classes):
+    backbone = make_backbone(args.cam_backbone, args.weights, args.stride, frozen_bn=args.cam_backbone != "tiny")
+    return SEAM(backbone, classes)
+
+
+def train_classifier(args, run, train_set):
+    """SEAM on image tags (Algorithm 2, first loop)."""
+    def augment(sample, rng):
+        sample = resize_long(sample, int(rng.integers(args.cam_resize[0], args.cam_resize[1] + 1)))
+        sample = flip(sample) if rng.random() < 0.5 else sample
+        return normalise(crop(color_jitter(sample, rng, 0.3, 0.3, 0.3, 0.1), args.cam_crop, rng))
+
+    run.reseed("classifier")
+    net = make_classifier(args, len(train_set.classes))
+    ddp = run.place(net).train()
+    optim = torch.optim.SGD(group_rates(net, net.new_layers(), args.cam_lr, args.weight_decay), lr=args.cam_lr, momentum=args.cam_momentum)
+    draws = Draws(train_set, augment, args.seed)
+    for step, batch in run.steps("classifier", draws, args.cam_steps, args.cam_batch, net, optim, poly(args.cam_steps)):
+        small = F.interpolate(batch.image, scale_factor=args.er_scale, mode="bilinear", align_corners=False)
+        with run.autocast():
+            full, reduced = ddp(batch.image, small)
+        loss_cls, loss_er, loss_ecr = seam_loss(full, reduced, batch.tags, args.ecr_top)
+        loss = loss_cls + loss_er + loss_ecr
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        run.log(step, loss_cls=loss_cls, loss_er=loss_er, loss_ecr=loss_ecr)
+    return net.eval()
+
+
+def write_seeds(args, run, net, train_set):
+    """CAM -> M_I, M'_I -> M_F, M_g.   Writes cam/*.npz, seeds_F/*.png (M_F) and seeds/*.png (M_g)."""
+    with run.timed("seeds"), ThreadPoolExecutor(max(1, args.workers)) as pool:
+        for names in run.todo(train_set.names, "seeds", chunk=16, stage="seeds"):
+            samples = [train_set[train_set.index(name)] for name in names]
+            images = [s.image for s in samples]
+            cams = [multi_scale_cam(net, s.image, s.tags, args.cam_scales, args.stride, run.device) for s in samples]
+            low, high = (dense_crf(images, [with_background(cam, e) for cam in cams], args.seed_crf, args.crf, args.workers)
+                         for e in (args.bg_low, args.bg_high))
+            for s, cam, l, h in zip(samples, cams, low, high, strict=True):
+                M_I = eq3_1_cam_labels(l, h)
+                M_I_confident = confident_cam_labels(M_I, cam, l, h, args.bg_high, args.confident, args.confident_fg,
+                                                     args.confident_bg, args.confident_crf)
+                M_F, M_g = box_seeds(s, M_I, M_I_confident, args.grabcut_steps, args.grabcut_min, pool)
+                present = np.flatnonzero(s.tags)
+                save_npz(run.path("cam", s.name, ".npz"), cam=cam[present].astype(np.float16), present=present)
+                save_label(run.path("seeds_F", s.name), M_F)
+                save_label(run.path("seeds", s.name), M_g)
+
+
+def box_seeds(sample, M_I, M_I_confident, steps, minimum, pool):
+    """§3.2 and §3.3.2 for boxes: M_F and M_g. (Scribbles, points and tags have other rules, §3.6.1, and the same two outputs.)"""
+    H, W = M_I.shape
+    masks = list(pool.map(lambda box: eq3_2_grabcut(sample.image, box, steps, minimum), sample.boxes))
+    M_B, owner = eq3_3_box_labels(sample.boxes, masks, H, W)
+    M_F, by_boxes = eq3_4_fuse(M_I, M_B, owner, sample.boxes)
+    return M_F, eq3_5_confident(M_F, M_I_confident, by_boxes)
+
+
+def read_cam(run, name, classes):
+    """cam/<name>.npz -> (K,H,W) float32, absent classes 0."""
+    with np.load(run.path("cam", name, ".npz")) as file:
+        cam = np.zeros((classes, *file["cam"].shape[1:]), np.float32)
+        cam[file["present"]] = file["cam"]
+    return cam
+
+
+def train_affinity(args, run, classifier, train_set):
+    """Affinity CNN on the confident seeds, Eq. (3.9): L_Aff = L_Ac + λ L_Ar (Algorithm 2, second loop)."""
+    def augment(sample, rng):
+        sample = resize_long(sample, int(rng.integers(args.cam_resize[0], args.cam_resize[1] + 1)))
+        sample = flip(sample) if rng.random() < 0.5 else sample
+        return normalise(crop(color_jitter(sample, rng, 0.3, 0.3, 0.3, 0.1), args.cam_crop, rng))
+
+    run.reseed("affinity")
+    net = AffinityNet(make_backbone(args.cam_backbone, "none", args.stride, frozen_bn=True))
+    net.backbone.load_state_dict(classifier.backbone.state_dict())                       # [D4]
+    net.backbone.freeze()                                                               # batch norm stays as the classifier left it
+    ddp = run.place(net).train()
+    optim = torch.optim.SGD(group_rates(net, net.new_layers(), args.aff_lr, args.weight_decay), lr=args.aff_lr, momentum=args.aff_momentum)
+    seeds = run.dir / {"M_g": "seeds", "M_F": "seeds_F"}[args.seed_labels]
+    draws = Draws(with_labels(train_set, seed=seeds), augment, args.seed)
+    offsets, s = window_offsets(args.aff_radius), args.stride
+    for step, batch in run.steps("affinity", draws, args.aff_steps, args.aff_batch, net, optim, poly(args.aff_steps)):
+        with run.autocast():
+            F_A, _ = ddp(batch.image)
+        distance = PairDistance.apply(F_A.permute(0, 2, 3, 1).contiguous(), offsets)
+        label, first = eq3_6_7_pair_labels(batch.seed[:, ::s, ::s], offsets)             # M'_g: the pixel under each feature cell
+        loss = loss_ac = eq3_10_affinity_loss(distance, label, first, args.split_positives)
+        loss_ar = torch.zeros(())
+        if args.affinity_reg:
+            colour = F.avg_pool2d(batch.image, s + 1, s, s // 2, count_include_pad=False).permute(0, 2, 3, 1)
+            loss_ar = eq3_12_affinity_regularised(distance, colour, offsets, args.gauss_xy, args.gauss_rgb)
+            loss = loss + args.w_affinity_reg * loss_ar                                 # Eq. (3.9)
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        run.log(step, loss_ac=loss_ac, loss_ar=loss_ar, known=(label != 255).float().mean(), same=(label == 1).float().mean())
+    return net.eval()
+
+
+@torch.no_grad()
+def write_walk(args, run, net, train_set):
+    """Table 3.4's RW: random walk of the CAM inside the boxes [D12].   Writes walk/*.png and walk_crf/*.png"""
+    with run.timed("walk"):
+        for names in run.todo(train_set.names, "walk_crf", chunk=16, stage="walk"):
+            samples = [train_set[train_set.index(name)] for name in names]
+            probs = [walk_image(args, net, s, read_cam(run, s.name, len(train_set.classes)), run.device) for s in samples]
+            refined = dense_crf([s.image for s in samples], probs, args.gnn_crf, args.crf, args.workers)
+            for s, prob, crf in zip(samples, probs, refined, strict=True):
+                save_label(run.path("walk", s.name), prob.argmax(0))
+                save_label(run.path("walk_crf", s.name), crf.argmax(0))
+
+
+def walk_image(args, net, sample, cam, device):
+    """Labels by random walk of one image -> probabilities (K+1,H,W)."""
+    graph = image_to_graph(net, sample.image, args.stride, "pixel", "affinity", device)
+    pairs = Pairs([graph], args.aff_radius, euclidean=True)
+    allowed = np.zeros(cam.shape, bool)
+    for box in sample.boxes:
+        c, rows, columns = pixel_box(box, *cam.shape[1:])
+        allowed[c - 1, rows, columns] = True
+    score = with_background(cam * allowed, args.walk_bg)
+    score[0][~allowed.any(0)] = 1
+    s = args.stride
+    start = torch.as_tensor(score[:, ::s, ::s].copy(), device=device).permute(1, 2, 0)[None]
+    moved = random_walk(start, eq3_8_affinity(pairs.distance()) ** args.walk_beta * pairs.near, pairs.window, args.walk_steps)
+    prob = enlarge(moved.permute(0, 3, 1, 2), *(m[None] for m in graph.pixels))[0]
+    return (prob / prob.sum(0, keepdim=True)).cpu().numpy()
+
+
+def make_graphs(args, net, samples, seeds, device):
+    """B images -> what train_gnn needs, padded to common sizes (B,…)."""
+    graphs = [image_to_graph(net, s.image, args.stride, args.nodes, args.edges, device) for s in samples]
+    pairs, reg = Pairs(graphs, args.radius), Pairs(graphs, args.reg_radius)
+    g = SimpleNamespace(graphs=graphs, sizes=[graph.size for graph in graphs], x=pairs.padded("x"), valid=pairs.padded("valid")[..., 0])
+    g.window, g.edges = pairs.window, eq3_14_edges(pairs.distance(), pairs.near, args.sigma)
+    g.reg_window, g.G = reg.window, eq3_13_gaussian(reg.place, reg.squared_colour(), args.gauss_xy, args.gauss_rgb) * (reg.near & (reg.place > 0))
+    g.nodes = g.valid.sum((1, 2))
+    h, w = g.valid.shape[1:]
+    H, W = (max(size[i] for size in g.sizes) for i in (0, 1))
+    g.seeds = torch.stack([F.pad(torch.as_tensor(s, device=device).long(), (0, W - s.shape[1], 0, H - s.shape[0]), value=255) for s in seeds])
+    if args.nodes == "pixel":
+        g.rows = torch.stack([F.pad(a.pixels[0], (0, h - a.pixels[0].shape[1], 0, H - a.pixels[0].shape[0])) for a in graphs])
+        g.columns = torch.stack([F.pad(a.pixels[1], (0, w - a.pixels[1].shape[1], 0, W - a.pixels[1].shape[0])) for a in graphs])
+    else:
+        g.index = torch.stack([F.pad(a.pixels, (0, W - a.pixels.shape[1], 0, H - a.pixels.shape[0])) for a in graphs])
+    boxes = [(b, *pixel_corners(box, *size)) for b, (s, size) in enumerate(zip(samples, g.sizes, strict=True)) for box in s.boxes]
+    g.boxes = torch.tensor(boxes, dtype=torch.long, device=device).view(-1, 6)
+    return g
+
+
+def pixel_corners(box, H, W):
+    """[c, x0, y0, x1, y1] floats -> the same as integers inside the image."""
+    c, rows, columns = pixel_box(box, H, W)
+    return c, columns.start, rows.start, min(columns.stop, W), min(rows.stop, H)
+
+
+def to_pixels(g, nodes, image=None):
+    """Node maps (B,h,w,C) of a chunk of graphs -> (B,C,H,W).   image (M,): nodes are (M,h,w,C) maps of these images instead."""
+    pick = (lambda t: t) if image is None else (lambda t: t[image])
+    nodes = nodes.permute(0, 3, 1, 2)
+    if hasattr(g, "index"):
+        index = pick(g.index)
+        return nodes[:, :, 0].gather(2, index.flatten(1)[:, None].expand(-1, nodes.shape[1], -1)).view(*nodes.shape[:2], *index.shape[1:])
+    return enlarge(nodes, pick(g.rows), pick(g.columns))
+
+
+def at_points(g, H, y, x, stride):
+    """Node features at pixels (M,P) of the boxes' images, as to_pixels would give them.   H (B,h,w,d) -> (M,P,d)"""
+    B, h, w, d = H.shape
+    image = g.boxes[:, :1]
+    if hasattr(g, "index"):
+        return H.flatten(1, 2)[image, g.index[image, y, x]]
+    nodes = torch.tensor([a.x.shape[:2] for a in g.graphs], device=H.device)[g.boxes[:, 0]]   # (M,2) each image's own h, w
+    corners, weights = 0, 1
+    for place, last, factor in ((y / stride, nodes[:, :1] - 1, w), (x / stride, nodes[:, 1:] - 1, 1)):
+        place = place.minimum(last)
+        low = place.floor().long()
+        index = torch.stack([low, (low + 1).minimum(last)], dim=-1) * factor
+        weight = torch.stack([1 - (place - low), place - low], dim=-1)
+        corners = index[..., None, :] + (corners[..., None] if torch.is_tensor(corners) else 0)
+        weights = weight[..., None, :] * (weights[..., None] if torch.is_tensor(weights) else 1)
+        corners, weights = corners.flatten(-2), weights.flatten(-2)
+    index = (corners + image[..., None] * h * w).view(-1, corners.shape[-1])
+    return F.embedding_bag(index, H.reshape(-1, d), per_sample_weights=weights.view(index.shape), mode="sum").view(*y.shape, d)
+
+
+def train_gnn(args, g, names, classes):
+    """§3.3.5: one A²GNN per image, trained from scratch in two phases, Eq. (3.20).   -> class probabilities (B,K+1,H,W)"""
+    device = g.x.device
+    generators = [torch.Generator(device).manual_seed(zlib.crc32(f"{args.seed} {name}".encode())) for name in names]
+    net = A2GNN(generators, g.x.shape[-1], classes, args.hidden, args.layers, args.beta, args.gnn, not args.edge_only, not args.attention_only)
+    optim = torch.optim.Adam(net.parameters(), lr=args.gnn_lr, weight_decay=args.gnn_weight_decay)
+    seeds = g.seeds
+    for epoch in range(sum(args.epochs)):
+        second = epoch >= args.epochs[0]
+        H, logits = net(g.x, g.edges, g.window, dropout_factors(g, generators, args.hidden, args.dropout))
+        log_O = to_pixels(g, logits).log_softmax(1)
+        points = eq3_23_25_points(log_O.detach(), g.boxes)
+        check = args.consistency and (second or args.consistency_in_place)
+        H_points = at_points(g, H, points[0], points[1], args.stride) if check or (args.mp_loss and args.mp_feature) else None
+        labels = seeds
+        if check:
+            labels = eq3_28_consistency(seeds, prototype_products(g, H.detach(), H_points.detach(), points[2], args.consistency_cosine), g.boxes)
+            seeds = labels if args.consistency_in_place else seeds
+        loss = eq3_21_cross_entropy(log_O, labels, args.balanced_ce)
+        if args.mp_loss:
+            loss = loss + eq3_26_multi_point(log_O, H_points, g.boxes, points, args.mp_feature)
+        if args.reg and second:
+            loss = loss + args.w_reg * eq3_22_regularised(logits.softmax(-1) * g.valid[..., None], g.G, g.reg_window, g.nodes)   # Eq. (3.20)
+        optim.zero_grad()
+        loss.sum().backward()
+        optim.step()
+    with torch.no_grad():
+        return to_pixels(g, net(g.x, g.edges, g.window)[1]).softmax(1)
+
+
+def dropout_factors(g, generators, hidden, p):
+    """Dropout of each image from its own generator, so that it does not depend on the batch.   -> (B,h,w,hidden)"""
+    h, w = g.valid.shape[1:]
+    factors = []
+    for graph, generator in zip(g.graphs, generators, strict=True):
+        keep = torch.rand((*graph.x.shape[:2], hidden), generator=generator, device=g.x.device) >= p
+        factors.append(F.pad(keep.float() / (1 - p), (0, 0, 0, w - keep.shape[1], 0, h - keep.shape[0])))
+    return torch.stack(factors)
+
+
+def prototype_products(g, H, H_points, valid, cosine):
+    """Inner products of each box's prototype (Eq. 3.27) with all pixels of its image, (M,H,W). centred [D8]: both minus the image's mean."""
+    prototype = eq3_27_prototypes(H_points, valid)
+    if cosine == "centred":
+        mean = (H * g.valid[..., None]).sum((1, 2)) / g.nodes[:, None]
+        prototype, H = prototype - mean[g.boxes[:, 0]], H - mean[:, None, None]
+    product = torch.einsum("mhwd,md->mhw", H[g.boxes[:, 0]], prototype)
+    return to_pixels(g, product[..., None], g.boxes[:, 0])[:, 0]
+
+
+def write_pseudo(args, run, net, train_set):
+    """One A²GNN per image, `batch_images` of them side by side; then CRF.   Writes pseudo_raw/*.png and pseudo/*.png"""
+    folder = {"M_g": "seeds", "M_F": "seeds_F"}[args.seed_labels]
+    with run.timed("pseudo"):
+        for names in run.todo(train_set.names, "pseudo", chunk=args.batch_images, stage="pseudo"):
+            names = [names] if isinstance(names, str) else names
+            samples = [train_set[train_set.index(name)] for name in names]
+            seeds = [read_label(run.path(folder, name), train_set.classes) for name in names]
+            g = make_graphs(args, net, samples, seeds, run.device)
+            O = train_gnn(args, g, names, len(train_set.classes) + 1).cpu().numpy()
+            probs = [o[:, :H, :W] * np.concatenate([[1], s.tags])[:, None, None] for o, s, (H, W) in zip(O, samples, g.sizes, strict=True)]
+            refined = dense_crf([s.image for s in samples], probs, args.gnn_crf, args.crf, args.workers)
+            for s, prob, crf in zip(samples, probs, refined, strict=True):
+                save_label(run.path("pseudo_raw", s.name), prob.argmax(0))
+                save_label(run.path("pseudo", s.name), crf.argmax(0))
+
+
+def make_segmenter(args, classes, weights):
+    backbone = make_backbone(args.backbone, weights, args.seg_stride, frozen_bn=args.backbone != "tiny")
+    return DeepLab(backbone, ASPP(backbone.channels[-1], classes + 1))
+
+
+def train_segmenter(args, run, train_set):
+    """DeepLab-v2 on pseudo labels, or on ground truth with --supervision full."""
+    def augment(sample, rng):
+        sample = rescale(sample, rng.uniform(*args.seg_rescale))
+        sample = flip(sample) if rng.random() < 0.5 else sample
+        return normalise(crop(sample, args.seg_crop, rng))
+
+    run.reseed("segmenter")
+    net = make_segmenter(args, len(train_set.classes), args.weights)
+    ddp = run.place(net).train()
+    optim = torch.optim.SGD(group_rates(net, [net.head], args.seg_lr, args.weight_decay), lr=args.seg_lr, momentum=0.9)
+    labelled = train_set if args.supervision == "full" else with_labels(train_set, pseudo=run.dir / args.train_on)
+    draws = Draws(labelled, augment, args.seed)
+    for step, batch in run.steps("segmenter", draws, args.seg_steps, args.seg_batch, net, optim, poly(args.seg_steps)):
+        label = batch.mask if args.supervision == "full" else batch.pseudo
+        with run.autocast():
+            logits = ddp(batch.image)
+        logits = resample(logits.float(), label.shape[-2:])
+        loss = masked_mean(F.cross_entropy(logits, label, ignore_index=255, reduction="none"), label != 255)
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        run.log(step, loss=loss, known=(label != 255).float().mean(), background=(label == 0).float().mean())
+    return net.eval()
+
+
+# ── Evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────────
+@torch.no_grad()
+def predict(net, image, scales, device):
+    """Class probabilities, averaged over scales and mirror images.   image (H,W,3) uint8 -> (K+1,H,W) float32"""
+    x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
+    total = 0
+    for scale in scales:
+        scaled = resample(x, [max(32, round(n * scale)) for n in image.shape[:2]])
+        logits = resample(net(torch.cat([scaled, scaled.flip(-1)])).float(), image.shape[:2])
+        total = total + logits[:1].softmax(1) + logits[1:].flip(-1).softmax(1)
+    return (total[0] / (2 * len(scales))).cpu().numpy()
+
+
+def write_predictions(args, run, net, val_set):
+    """Predictions of the segmentation network without and with CRF.   Writes val/*.png and val_crf/*.png"""
+    with run.timed("val"):
+        for names in run.todo(val_set.names, "val_crf", chunk=16):
+            images = [val_set[val_set.index(name)].image for name in names]
+            probs = [predict(net, image, args.test_scales, run.device) for image in images]
+            refined = dense_crf(images, probs, args.seg_crf, args.crf, args.workers)
+            for name, prob, crf in zip(names, probs, refined, strict=True):
+                save_label(run.path("val", name), prob.argmax(0))
+                save_label(run.path("val_crf", name), crf.argmax(0))
+
+
+def confusion_of(dataset, label_of):
+    """ConfusionMatrix over a data set with masks; label_of(sample) -> (H,W), 255 = unlabelled."""
+    confusion = ConfusionMatrix(["background", *dataset.classes])
+    for sample in dataset:
+        confusion.add(label_of(sample), sample.mask)
+    return confusion
+
+
+def evaluate_labels(args, run, split):
+    """Scores what the stages wrote against ground truth: the only place that sees the masks of weakly supervised training images."""
+    truth = load(args, split, masks=True)
+    folder = lambda name: (lambda s: read_label(run.path(name, s.name), truth.classes))
+    rows = {"val": [("val", folder("val"), {}), ("val_crf", folder("val_crf"), {})], "train": []}
+    if split == "train":
+        cam = lambda s: with_background(read_cam(run, s.name, len(truth.classes)), args.bg_low).argmax(0)
+        seed_crf = lambda s: seeds_with_crf(s, folder("seeds_F")(s), len(truth.classes), args.gnn_crf, args.crf)
+        rows["train"] = [("cam", cam, {}), ("seed", folder("seeds_F"), {"crf_control": seed_crf, "confident": folder("seeds")}),
+                         ("walk", folder("walk"), {"crf": folder("walk_crf")}),
+                         ("pseudo", folder("pseudo"), {"no_crf": folder("pseudo_raw")})]
+    for stage, label_of, others in rows[split]:
+        confusion, extra = confusion_of(truth, label_of), {}
+        if stage == "seed":
+            extra = dict(precision=confusion.precision(), coverage=confusion.coverage())
+        for key, other in others.items():
+            second = confusion_of(truth, other)
+            extra[f"miou_{key}"] = second.miou()
+            if key == "confident":
+                extra |= dict(precision_confident=second.precision(), coverage_confident=second.coverage())
+        run.result(stage, confusion=confusion, split=split, n_images=len(truth), uses_masks=True, crf=stage in ("pseudo", "val_crf"),
+                   scales=args.test_scales if split == "val" else args.cam_scales, **extra)
+
+
+def seeds_with_crf(sample, seed, classes, crf, backend):
+    """Control: the box seeds with a CRF and nothing else; a labelled pixel starts at 0.7, an unknown one even.   -> (H,W)"""
+    present = np.concatenate([[True], sample.tags])
+    prob = np.where(present[:, None, None], 1 / present.sum(), 0).repeat(seed.shape[0], 1).repeat(seed.shape[1], 2)
+    others = 0.3 / max(1, present.sum() - 1)
+    for c in np.flatnonzero(present):
+        prob[c][seed != 255] = others
+        prob[c][seed == c] = 0.7
+    return dense_crf([sample.image], [prob], crf, backend)[0].argmax(0)
+
+
+def save_panels(args, run, split):
+    """panels/: contact sheets of the first 16 images, one row each."""
+    truth = load(args, split, masks=True)
+    rows = []
+    for sample in (truth[i] for i in range(min(16, len(truth)))):
+        label = lambda folder: overlay(sample.image, read_label(run.path(folder, sample.name), truth.classes))
+        if split == "train":
+            cam = read_cam(run, sample.name, len(truth.classes)).max(0)
+            rows.append([sample.image, cam, *map(label, ("seeds_F", "seeds", "walk", "pseudo_raw", "pseudo"))])
+        else:
+            rows.append([sample.image, *map(label, ("val", "val_crf"))])
+        rows[-1].append(overlay(sample.image, sample.mask))
+    titles = ["image", "CAM", "seed M_F", "seed M_g", "walk", "A2GNN", "A2GNN + CRF", "ground truth"] if split == "train" \
+        else ["image", "prediction", "prediction + CRF", "ground truth"]
+    contact_sheet(run.path("panels", split), rows, titles)
+
+
+def predict_folder(args, run):
+    """--predict: masks and overlays for a picture or a folder, with the segmentation network of --checkpoint."""
+    state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+    for field in ("backbone", "seg_stride"):
+        setattr(args, field, state["args"][field])
+    net = make_segmenter(args, next(v for k, v in state["model"].items() if k.startswith("head."))
+                         .shape[0] - 1, "none")
+    net.load_state_dict(state["model"])
+    net = net.to(run.device, memory_format=torch.channels_last).eval()
+    source = Path(args.predict)
+    files = sorted(f for f in source.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png")) if source.is_dir() else [source]
+    for file in files:
+        image = read_image(file)
+        prob = dense_crf([image], [predict(net, image, args.test_scales, run.device)], args.seg_crf, args.crf)[0]
+        save_label(run.path("predict", file.stem), prob.argmax(0))
+        contact_sheet(run.path("predict", file.stem + "_overlay"), [[image, overlay(image, prob.argmax(0))]], ["image", "prediction"])
+
+
+# ── Main ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def main():
+    args = parse_args(Args, __doc__, presets={"shapes": SHAPES, "photos": PHOTOS})
+    args.cam_backbone = args.backbone if args.cam_backbone == "same" else args.cam_backbone
+    run = Run(args, FIELDS)
+    if args.predict:
+        return predict_folder(args, run)
+    train_set, val_set = load(args, "train"), load(args, "val")
+    if args.supervision != "full":
+        classifier = train_classifier(args, run, train_set)                              # Eq. (3.1)
+        write_seeds(args, run, classifier, train_set)                                    # Eqs. (3.1)–(3.5)
+        affinity = train_affinity(args, run, classifier, train_set)                      # Eqs. (3.6)–(3.13)
+        write_walk(args, run, affinity, train_set)                                       # Table 3.4's RW
+        write_pseudo(args, run, affinity, train_set)                                     # Eqs. (3.14)–(3.28)
+        evaluate_labels(args, run, "train")
+        save_panels(args, run, "train")
+    segmenter = train_segmenter(args, run, train_set)
+    write_predictions(args, run, segmenter, val_set)
+    evaluate_labels(args, run, "val")
+    save_panels(args, run, "val")
+    run.table()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1081 @@
+"""What no paper has an equation for: arguments, run folder, backbones and heads, dense CRF, metric, pictures.
+
+Every method file imports this one (and data.py); this one knows no method. B batch, K classes without the
+background, C channels or classes with it, H,W pixels, h,w feature grid. 0 = background, 255 = no label.
+
+    args = parse_args(Args, __doc__, {"shapes": SHAPES})      # command line
+    run = Run(args, FIELDS)                                   # runs/<name>/
+    for step, batch in run.steps("net", draws, 1000, 16, net, optim, poly(1000)):   # saves, continues
+        ...
+    for name in run.todo(names, "pseudo"):                    # what is not written yet
+        save_label(run.path("pseudo", name), label)
+    run.result("val", split="val", n_images=len(names), confusion=confusion)
+"""
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import functools
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import random
+import re
+import resource
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import resnet
+from tqdm import tqdm
+
+
+class UserError(SystemExit):
+    """A mistake that the user can mend: ends the program with one sentence instead of a traceback."""
+
+
+# ── Arguments ───────────────────────────────────────────────────────────────────────────────────────────────
+
+def parse_args(Args, doc, presets=None, argv=None):
+    """Command line -> Args. `doc` is shown as it stands by --help; `presets` maps a name to {field: default}.
+
+    --preset auto takes the preset named like the data set, if any, else the paper's values (those of Args). A
+    preset only moves defaults: a flag given by hand wins. args.preset, .root and .out come back resolved.
+    """
+    import tyro
+    presets, argv = presets or {}, sys.argv[1:] if argv is None else argv
+    if "-h" in argv or "--help" in argv:
+        print(doc.strip() + "\n\nDefaults below are --preset paper.\n")     # tyro would join the lines
+    chosen = tyro.cli(Args, description="", args=argv)
+    preset = chosen.preset
+    if preset == "auto":
+        preset = chosen.data if chosen.data in presets else "paper"
+    if preset != "paper" and preset not in presets:
+        raise UserError(f"--preset {preset}: this file has {', '.join(['paper', *presets])}")
+    values = presets.get(preset, {})
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(Args)})
+    if unknown:
+        raise UserError(f"preset {preset} sets fields that Args does not have: {', '.join(unknown)}")
+    args = tyro.cli(Args, description="", args=argv, default=Args(**values))
+    args.preset = preset
+    args.root = args.root or f"data/{args.data}"
+    args.out = args.out or f"runs/{Path(sys.argv[0]).stem}-{args.data}-{args.supervision}-s{args.seed}"
+    return args
+
+
+def seed_everything(seed):
+    """Seeds python, numpy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state():
+    """State of python's, numpy's and torch's generators, in tensors and plain types (for weights_only)."""
+    version, keys, gauss = random.getstate()
+    kind, key, position, has_gauss, cached = np.random.get_state()
+    state = {"python": [version, list(keys), gauss], "torch": torch.get_rng_state(),
+             "numpy": [kind, torch.from_numpy(key.astype(np.int64)), position, has_gauss, cached]}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state):
+    """Undoes what has been drawn since rng_state()."""
+    version, keys, gauss = state["python"]
+    kind, key, *rest = state["numpy"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state((kind, key.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# ── Several processes (torchrun) ────────────────────────────────────────────────────────────────────────────
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if world() > 1:
+        dist.barrier()
+
+
+def shard(items):
+    """This process' share of a sequence."""
+    return items[rank()::world()]
+
+
+def reduce(tensor):
+    """Sums a tensor over all processes, in place; returns it."""
+    if world() > 1:
+        buffer = tensor.cuda() if dist.get_backend() == "nccl" else tensor      # nccl only sums on the GPU
+        dist.all_reduce(buffer)
+        tensor.copy_(buffer)
+    return tensor
+
+
+def distribute(net):
+    """Averages gradients over processes (DDP); with one process or nothing to train, the net itself."""
+    if world() == 1 or not any(p.requires_grad for p in net.parameters()):
+        return net
+    return DistributedDataParallel(net)
+
+
+def unwrap(net):
+    """The net inside DDP."""
+    return net.module if isinstance(net, DistributedDataParallel) else net
+
+
+def start_processes(device):
+    """torch.device for --device auto|cpu|cuda; joins torchrun's process group, by gloo or nccl."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        day = datetime.timedelta(days=1)                        # the slowest share of images may take long
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=day)
+    return torch.device(device)
+
+
+# ── Files: written under a temporary name, then renamed ─────────────────────────────────────────────────────
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yields a temporary path in the same folder that becomes `path` only if the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with atomic(path) as file:
+        file.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def save_checkpoint(path, state):
+    """state: tensors and plain types only, so that torch.load(path, weights_only=True) reads it."""
+    with atomic(path) as file:
+        torch.save(state, file)
+
+
+def save_npz(path, **arrays):
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def save_image(path, image):
+    """image (H,W,3) or (H,W) uint8, or a PIL image -> PNG."""
+    with atomic(path) as file:
+        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, format="PNG")
+
+
+def save_label(path, label):
+    """label (H,W) of 0..255 (array or tensor) -> palette PNG in VOC's colours, 255 = VOC's border colour."""
+    image = Image.fromarray(np.ascontiguousarray(np.asarray(label), dtype=np.uint8))
+    image.putpalette(voc_palette().ravel().tolist())
+    save_image(path, image)
+
+
+@functools.cache
+def voc_palette():
+    """(256,3) uint8: the bits of a number go in turn to red, green and blue, there highest bit first."""
+    index, palette = np.arange(256), np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return palette
+
+
+# ── The run folder ──────────────────────────────────────────────────────────────────────────────────────────
+
+NO_EFFECT = {"out", "root", "device", "workers", "fresh", "reuse", "predict", "checkpoint", "log_every",
+             "save_every", "batch_images"}                      # fields that cannot change a result
+
+
+def plain_fields(args):
+    """Fields of a dataclass in the types that JSON gives back (a tuple is a list, a Path a string)."""
+    return json.loads(json.dumps(dataclasses.asdict(args), default=str))
+
+
+def differing(mine, theirs, names):
+    """["lr: 0.1, there 0.2", …]: those of the fields whose values differ between two args.json."""
+    return [f"{name}: {mine.get(name, 'absent')}, there {theirs.get(name, 'absent')}"
+            for name in sorted(names) if mine.get(name, "absent") != theirs.get(name, "absent")]
+
+
+def read_json(file, default=None):
+    return json.loads(Path(file).read_text()) if Path(file).exists() else default
+
+
+class Run:
+    """One run folder: arguments, checkpoints, products, log and results; the same command again continues it.
+
+    args: a dataclass with out, device, amp, workers, seed, fresh, reuse, log_every, save_every.
+    fields: {stage: [field, …]} in the order of the stages: a stage of another run (--reuse) is taken over if
+    the fields of that stage and of all stages before it agree. Raises UserError for a folder that another
+    live process uses, or that was made with other arguments.
+    """
+
+    def __init__(self, args, fields=None):
+        self.args, self.fields, self.dir = args, fields or {}, Path(args.out)
+        self.device = start_processes(args.device)
+        self.stage, self.marks, self.bar, self.writer = "", {}, None, None
+        if rank() == 0:
+            self.lock()
+            if args.fresh: self.clear()
+        barrier()
+        theirs, mine = read_json(self.dir / "args.json"), plain_fields(args)
+        differ = differing(mine, theirs, {*mine, *theirs} - NO_EFFECT) if theirs else []
+        if differ:
+            raise UserError(f"{self.dir} was made with other arguments ({'; '.join(differ)}); use those, "
+                            "choose another --out, or start over with --fresh")
+        self.resumed = theirs is not None
+        self.state = read_json(self.dir / "state.json", {"seconds": {}, "wrote": []})
+        self.results = read_json(self.dir / "results.json", {"stages": []})
+        self.results.update(command=shlex.join(["python", *sys.argv]), versions=versions(), git=git_commit(),
+                            args=mine, device=device_name(self.device))
+        barrier()
+        if rank() == 0: write_json(self.dir / "args.json", mine)
+        self.say(f"{self.dir} {'continued' if self.resumed else 'started'} · git {self.results['git']} · "
+                 f"{self.results['device']} x {world()}\n" + " ".join(f"{k}={v}" for k, v in mine.items()))
+        seed_everything(args.seed)
+
+    # --- the folder ---
+
+    def lock(self):
+        """A record lock ends with this process and is not inherited by its workers: none stays behind."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock_file = open(self.dir / ".lock", "w")
+        try:
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.dir}: another process writes to this run folder; wait for it or choose "
+                            "another --out") from None
+        for left_over in self.dir.rglob(".*.tmp"):              # of a process that was killed while it wrote
+            left_over.unlink()
+
+    def clear(self):
+        """--fresh: removes what a run wrote here and nothing else."""
+        for name in read_json(self.dir / "state.json", {"wrote": []})["wrote"]:
+            if (self.dir / name).is_dir(): shutil.rmtree(self.dir / name)
+            else: (self.dir / name).unlink(missing_ok=True)
+        own = [self.dir / name for name in ("args.json", "state.json", "results.json", "log.jsonl")]
+        for file in [*own, *self.dir.glob("events.out.tfevents.*")]:
+            file.unlink(missing_ok=True)
+
+    def note(self, name):
+        """Remembers, before it is made, a file or folder that --fresh may remove."""
+        if name not in self.state["wrote"]:
+            self.state["wrote"].append(name)
+            self.save_state()
+
+    def save_state(self):
+        if rank() == 0: write_json(self.dir / "state.json", self.state)
+
+    def path(self, folder, name, suffix=".png"):
+        """<run>/<folder>/<name><suffix>; makes the folder."""
+        self.note(Path(folder).parts[0])
+        path = self.dir / folder / f"{name}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def say(self, text):
+        if rank() == 0: tqdm.write(text)
+
+    def progress(self, total, initial, title):
+        return tqdm(total=total, initial=initial, desc=title, disable=rank() != 0, dynamic_ncols=True,
+                    mininterval=0.5 if sys.stderr.isatty() else 30)
+
+    # --- time and chance ---
+
+    @contextlib.contextmanager
+    def timed(self, stage):
+        """Adds the block's wall seconds to .seconds(stage), which interruptions do not reset."""
+        if stage in self.marks:                                 # an outer block counts already
+            yield
+            return
+        self.marks[stage] = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.tick()
+            del self.marks[stage]
+
+    def tick(self):
+        now = time.perf_counter()
+        for stage, mark in self.marks.items():
+            self.state["seconds"][stage] = self.seconds(stage) + now - mark
+            self.marks[stage] = now
+        self.save_state()
+
+    def seconds(self, stage):
+        return self.state["seconds"].get(stage, 0.0)
+
+    def reseed(self, *key):
+        """Seeds by (--seed, key): a stage draws the same, whether the work before it is new or not."""
+        seed_everything(zlib.crc32(repr((self.args.seed, *key)).encode()))
+
+    # --- training ---
+
+    def steps(self, stage, draws, steps, batch, net, optim, schedule=None):
+        """Yields (step, batch on the device) for the steps that <stage>.pt does not hold yet, and saves.
+
+        draws: data.Draws; step t takes items t·batch … (t+1)·batch − 1, split evenly over processes.
+        schedule(step) is the factor on each group's first learning rate. After the loop the net holds the
+        final weights, trained now, earlier, or by the run given as --reuse.
+        """
+        from data import collate
+        part, left = divmod(batch, world())
+        if left: raise UserError(f"{stage}: a batch of {batch} can not be split over {world()} processes")
+        for group in optim.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.stage = stage
+        self.reseed(stage, rank())
+        self.take_over(stage, [f"{stage}.pt"], lambda file: read_state(file)["step"] == steps)
+        start = self.restore(stage, net, optim)
+        first = [t * batch + rank() * part for t in range(start, steps)]
+        loader = torch.utils.data.DataLoader(
+            draws, batch_sampler=[range(n, n + part) for n in first], num_workers=self.args.workers,
+            collate_fn=collate, generator=torch.Generator())    # its own, to leave the global one alone
+        with self.timed(stage), self.progress(steps, start, stage) as self.bar:
+            for step, sample in enumerate(loader if first else (), start):
+                for group in optim.param_groups:
+                    group["lr"] = group["initial_lr"] * (schedule(step) if schedule else 1)
+                yield step, to_device(sample, self.device)
+                self.bar.update()
+                if (step + 1) % self.args.save_every == 0 or step + 1 == steps:
+                    self.save(stage, net, optim, step + 1)
+        self.stage = ""
+        self.reseed(stage, "end")
+        barrier()
+
+    def save(self, stage, net, optim, step):
+        self.tick()
+        if rank() == 0:
+            self.note(f"{stage}.pt")
+            save_checkpoint(self.dir / f"{stage}.pt", {
+                "model": unwrap(net).state_dict(), "optim": optim.state_dict(), "step": step,
+                "args": plain_fields(self.args), "rng": rng_state()})
+            if self.writer: self.writer.flush()
+
+    def restore(self, stage, net, optim):
+        """Sets net, optimiser and random state to <stage>.pt; returns the step to go on with."""
+        if not (self.dir / f"{stage}.pt").exists():
+            return 0
+        state = read_state(self.dir / f"{stage}.pt")
+        unwrap(net).load_state_dict(state["model"])
+        optim.load_state_dict(state["optim"])
+        if rank() == 0:
+            set_rng_state(state["rng"])
+            self.cut_log(stage, state["step"])
+        else:
+            self.reseed(stage, rank(), state["step"])           # the file holds the state of process 0 only
+        return state["step"]
+
+    def cut_log(self, stage, start):
+        """Removes log lines of steps that will be done again, and a last line that a kill cut short."""
+        file, keep = self.dir / "log.jsonl", []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                entry = json.loads(line)
+                if entry["stage"] != stage or entry["step"] < start: keep.append(line + "\n")
+        with atomic(file) as temporary:
+            temporary.write_text("".join(keep))
+
+    def log(self, step, **values):
+        """Every --log-every steps: numbers or tensors to log.jsonl, to TensorBoard, beside the bar."""
+        if rank() != 0 or step % self.args.log_every:
+            return
+        values = {key: float(v.detach() if torch.is_tensor(v) else v) for key, v in values.items()}
+        now = time.perf_counter()
+        spent = round(self.seconds(self.stage) + now - self.marks.get(self.stage, now), 2)
+        with open(self.dir / "log.jsonl", "a") as file:
+            file.write(json.dumps({"stage": self.stage, "step": step, **values, "seconds": spent}) + "\n")
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(self.dir)
+        for key, value in values.items():
+            self.writer.add_scalar(f"{self.stage}/{key}", value, step)
+        if self.bar: self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
+
+    # --- label synthesis ---
+
+    def todo(self, names, folder, chunk=1, stage=None, beside=()):
+        """Yields this process' names whose <folder>/<name>.png or .npz is not written yet.
+
+        chunk > 1 yields lists: names[0:chunk], … as fixed by the full list; a chunk is left out when all its
+        files exist. stage: the --reuse key of these files, and of those in the folders `beside`, which the
+        loop writes before them.
+        """
+        names, suffixes = list(names), (".png", ".npz")
+        self.take_over(stage, [f"{place}/{name}{suffix}" for place in (*beside, folder) for name in names
+                               for suffix in suffixes])
+        chunks = shard([names[i:i + chunk] for i in range(0, len(names), chunk)])
+        left = [part for part in chunks if not all(any((self.dir / folder / f"{name}{suffix}").exists()
+                                                       for suffix in suffixes) for name in part)]
+        with self.progress(len(chunks), len(chunks) - len(left), folder) as bar:
+            for part in left:
+                yield part if chunk > 1 else part[0]
+                bar.update()
+                self.tick()
+        self.reseed(folder, "end")
+        barrier()
+
+    # --- stages of another run ---
+
+    def reuse_ok(self, stage):
+        """Whether the run given as --reuse agrees in the fields of this stage and of all stages before it."""
+        if not self.args.reuse or stage not in self.fields:
+            return False
+        theirs = read_json(Path(self.args.reuse) / "args.json")
+        if theirs is None: raise UserError(f"--reuse {self.args.reuse}: no run folder, it has no args.json")
+        stages = list(self.fields)
+        needed = {name for before in stages[:stages.index(stage) + 1] for name in self.fields[before]}
+        differ = differing(plain_fields(self.args), theirs, needed)
+        if differ: self.say(f"[{stage}] not taken from {self.args.reuse}: {'; '.join(differ)}")
+        return not differ
+
+    def take_over(self, stage, files, finished=Path.exists):
+        """Copies the files that the run given as --reuse has finished and this one lacks; says how many."""
+        if rank() == 0 and self.reuse_ok(stage):
+            theirs, taken = Path(self.args.reuse), 0
+            for name in files:
+                if not (self.dir / name).exists() and (theirs / name).exists() and finished(theirs / name):
+                    self.note(Path(name).parts[0])
+                    with atomic(self.dir / name) as temporary:
+                        shutil.copyfile(theirs / name, temporary)
+                    taken += 1
+            if taken:
+                self.say(f"[{stage}] {taken} file(s) taken from {theirs}")
+                self.results.setdefault("reused", {})[stage] = str(theirs)
+        barrier()
+
+    # --- results ---
+
+    def has(self, stage):
+        """Whether results.json holds this stage."""
+        return any(entry["stage"] == stage for entry in self.results["stages"])
+
+    def result(self, stage, confusion=None, **values):
+        """Adds (or replaces) a stage of results.json; a ConfusionMatrix becomes miou and iou, in percent."""
+        entry = {"stage": stage, **values}
+        if confusion is not None: entry.update(miou=confusion.miou(), iou=confusion.iou())
+        entry.setdefault("seconds", round(self.seconds(stage), 2))
+        entry.setdefault("peak_memory_mb", peak_memory(self.device))
+        stages = self.results["stages"]
+        at = next((i for i, old in enumerate(stages) if old["stage"] == stage), len(stages))
+        stages[at:at + 1] = [entry]
+        if rank() == 0: write_json(self.dir / "results.json", self.results)
+        self.say(f"[{stage}] " + " ".join(f"{key}={show_value(value)}" for key, value in entry.items()
+                                          if key not in ("stage", "iou")))
+
+    def table(self):
+        """Prints the stages' numbers as a table."""
+        stages = self.results["stages"]
+        columns = ["stage", *dict.fromkeys(key for entry in stages for key, value in entry.items()
+                                           if type(value) in (int, float))]
+        rows = [columns, *([show_value(entry.get(key, "")) for key in columns] for entry in stages)]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        self.say("\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows))
+
+    # --- the device ---
+
+    def autocast(self):
+        """bf16 on CUDA with --amp, else nothing. Losses belong outside, in float32."""
+        bf16 = self.device.type == "cuda" and self.args.amp
+        return torch.autocast("cuda", torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+    def place(self, net):
+        """The net on this process' device, channels last, with gradients averaged over processes."""
+        return distribute(net.to(self.device, memory_format=torch.channels_last))
+
+
+def to_device(sample, device):
+    """Moves a batch's tensors, and those in its lists, to the device."""
+    def move(value):
+        if torch.is_tensor(value): return value.to(device)
+        return [move(item) for item in value] if isinstance(value, list) else value
+    return type(sample)(**{key: move(value) for key, value in vars(sample).items()})
+
+
+def poly(steps, power=0.9):
+    """Schedule step -> (1 − step/steps)^power."""
+    return lambda step: (1 - step / steps) ** power
+
+
+def show_value(value):
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def versions():
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")}
+    return {"python": platform.python_version(), **packages}
+
+
+def git_commit():
+    """Commit of this file's folder ("-dirty" with changes), or "none"."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return "none"
+    return done.stdout.strip() or "none"
+
+
+def device_name(device):
+    cuda = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if cuda else f"cpu ({torch.get_num_threads()} threads)"
+
+
+def peak_memory(device):
+    """Peak so far in MB: of the GPU's allocator, or of this process."""
+    if device.type == "cuda": return torch.cuda.max_memory_allocated(device) // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
+
+
+# ── Backbones ───────────────────────────────────────────────────────────────────────────────────────────────
+
+class Backbone(nn.Module):
+    """A chain of blocks whose outputs are the feature taps.
+
+    .channels, .strides: of each tap, shallow to deep. freeze(): batch norms keep their statistics and their
+    affine parameters, also after .train().
+    """
+
+    def __init__(self, blocks, channels, strides):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.channels, self.strides, self.frozen = tuple(channels), tuple(strides), False
+
+    def forward(self, x):
+        """(B,3,H,W), by ImageNet's mean and standard deviation -> list of (B,channels[i],h_i,w_i)."""
+        taps = []
+        for block in self.blocks:
+            x = block(x)
+            taps.append(x)
+        return taps
+
+    def norms(self):
+        return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def freeze(self):
+        self.frozen = True
+        for norm in self.norms():
+            norm.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for norm in self.norms() if self.frozen else []:
+            norm.eval()
+        return self
+
+
+def make_backbone(name, weights, output_stride, frozen_bn=True):
+    """Backbone by name: tiny, resnet18, resnet50, resnet101, vgg16, mobilenet_v2, resnet38.
+
+    weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a file: a state dict in torchvision's keys
+    (half precision is cast), for resnet38 also MXNet's .params. output_stride: of the deepest tap; strides
+    beyond it become dilation, the weights stay. frozen_bn: batch norms are not trained (take False where they
+    start from nothing). Raises ValueError for a name or stride that there is not, UserError for weights.
+    """
+    if name not in CHANNELS:
+        raise ValueError(f"backbone {name}: there is {', '.join(CHANNELS)}")
+    if name == "resnet38":
+        backbone = ResNet38()
+        load_weights(backbone, name, weights)
+    else:
+        net = torchvision.models.get_model(name, weights=None) if name != "tiny" else tiny_net()
+        load_weights(net, name, weights)
+        blocks = parts_between_taps(net, name)
+        backbone = Backbone(blocks, CHANNELS[name], dilate(blocks, output_stride))
+    if backbone.strides[-1] != output_stride:
+        raise ValueError(f"{name} can not have output stride {output_stride}, only {backbone.strides[-1]}")
+    return backbone.freeze() if frozen_bn else backbone
+
+
+CHANNELS = {"tiny": (32, 48, 64, 96), "resnet18": (64, 128, 256, 512), "resnet50": (256, 512, 1024, 2048),
+            "resnet101": (256, 512, 1024, 2048), "vgg16": (128, 256, 512, 512),
+            "mobilenet_v2": (24, 32, 96, 1280), "resnet38": (256, 512, 1024, 4096)}     # of the feature taps
+
+
+def tiny_net():
+    """A ResNet of four basic blocks to train from nothing on scenes of about 100 pixels; 0.49 M weights."""
+    blocks, inputs = [], 32
+    for width, stride in zip(CHANNELS["tiny"], (1, 2, 2, 2)):
+        shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        blocks.append(resnet.BasicBlock(inputs, width, stride, shortcut if inputs != width else None))
+        inputs = width
+    stem = (nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+    return nn.Sequential(nn.Sequential(*stem, blocks[0]), *blocks[1:])
+
+
+def parts_between_taps(net, name):
+    """The parts of a network between its feature taps; a classifier and the pooling before it stay behind."""
+    if name == "tiny":
+        return list(net)
+    if name == "mobilenet_v2":
+        return [net.features[:4], net.features[4:7], net.features[7:14], net.features[14:]]
+    if name == "vgg16":                                         # taps conv2_2, conv3_3, conv4_3, conv5_3
+        return [net.features[:9], net.features[9:16], net.features[16:23], net.features[23:30]]
+    stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1)
+    return [stem, net.layer2, net.layer3, net.layer4]
+
+
+def dilate(blocks, output_stride):
+    """Turns strides beyond output_stride into dilation, in place; returns the stride after each block.
+
+    The layer that loses its stride keeps its dilation, those after it get twice as much, so that each kernel
+    sees the same pixels as before, at more places.
+    """
+    stride, dilation, strides = 1, 1, []
+    for block in blocks:
+        for layer in block.modules():
+            if not isinstance(layer, (nn.Conv2d, nn.MaxPool2d)):
+                continue
+            pool, kernel = isinstance(layer, nn.MaxPool2d), int(np.max(layer.kernel_size))
+            if kernel == 1:                                     # a shortcut beside the layers just visited
+                layer.stride = (1, 1) if dilation > 1 else layer.stride
+                continue
+            before, strided = dilation, np.max(layer.stride) == 2
+            if strided and stride < output_stride:
+                stride *= 2
+            elif strided:
+                dilation *= 2
+                layer.stride = 1 if pool else (1, 1)
+            if pool and strided and dilation > before:
+                layer.kernel_size, layer.padding = 3, 1         # as DeepLab-v1: 2x2 would shift by half
+            if not pool:
+                layer.dilation, layer.padding = (before, before), (kernel // 2 * before,) * 2
+        strides.append(stride)
+    return strides
+
+
+def load_weights(net, name, weights):
+    """Loads "imagenet" or a file into a network of torchvision's key names; "none" leaves it as it is.
+
+    Classifier keys are ignored. Raises UserError for a file that can not be had or read, and for keys that
+    are missing, unknown or of another shape.
+    """
+    if weights == "none":
+        return
+    if str(weights).endswith(".params"):
+        load_resnet38_params(net, weights)
+        return
+    state = imagenet_weights(name) if weights == "imagenet" else read_state(weights)
+    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+        raise UserError(f"weights {weights}: not a state dict, tensors by name")
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()
+             if not key.startswith(("fc.", "classifier."))}
+    load_exactly(net, state, weights, ("fc.", "classifier."))
+
+
+def load_exactly(net, state, source, ignored=()):
+    """load_state_dict that names the keys which are missing, unknown or of another shape, in a UserError."""
+    own = {key: value for key, value in net.state_dict().items() if not key.startswith(tuple(ignored))}
+    needed = [key for key in own if not key.endswith("num_batches_tracked")]    # counters, which old files lack
+    faults = [*(f"missing {key}" for key in needed if key not in state),
+              *(f"unknown {key}" for key in state if key not in own),
+              *(f"shape {tuple(state[key].shape)} of {key}, not {tuple(own[key].shape)}"
+                for key in own if key in state and state[key].shape != own[key].shape)]
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise UserError(f"weights {source} do not fit this backbone: {', '.join(faults[:5])}{more}")
+    net.load_state_dict(state, strict=False)
+
+
+def read_state(file):
+    """State dict of a file; tensors and plain types only."""
+    if not Path(file).is_file():
+        raise UserError(f"weights {file}: no such file; give imagenet, none or a file with a state dict")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:                                  # torch raises many kinds for a broken file
+        why = str(error).splitlines()[0]
+        raise UserError(f"weights {file} can not be read as a state dict: {why}") from None
+
+
+def imagenet_weights(name):
+    """torchvision's IMAGENET1K_V1 state dict, from its cache or the network."""
+    if name in ("tiny", "resnet38"):
+        remedy = "--weights none" if name == "tiny" else "--weights FILE.params, the authors' MXNet file"
+        raise UserError(f"torchvision has no ImageNet weights for {name}: give {remedy}")
+    source = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+    try:
+        return source.get_state_dict(progress=rank() == 0, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"can not download {source.url} ({error}): fetch it elsewhere, give it as --weights "
+                        "FILE, or train from nothing with --weights none") from None
+
+
+# --- Wide-ResNet-38 (Wu, Shen, van den Hengel: Wider or Deeper, model A1) ---
+
+# stage: (units, widths, stride of the first unit, dilation, dropout); two widths: 3x3 3x3, three: 1x1 3x3 1x1
+PLAN38 = {2: (3, (128, 128), 2, 1, 0), 3: (3, (256, 256), 2, 1, 0), 4: (6, (512, 512), 2, 1, 0),
+          5: (3, (512, 1024), 1, 2, 0), 6: (1, (512, 1024, 2048), 1, 4, 0.3),
+          7: (1, (1024, 2048, 4096), 1, 4, 0.5)}
+
+
+class Unit38(nn.Module):
+    """Pre-activation residual unit. Returns its output and its first activation (a feature tap)."""
+
+    def __init__(self, inputs, widths, stride, dilations, dropout):
+        super().__init__()
+        kernels = (3, 3) if len(widths) == 2 else (1, 3, 1)
+        sizes = list(zip((inputs, *widths), widths, kernels, dilations))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(size[0]) for size in sizes)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(m, n, k, stride if i == 0 else 1, k // 2 * d, d, bias=False)
+            for i, (m, n, k, d) in enumerate(sizes))
+        same = inputs == widths[-1] and stride == 1
+        self.shortcut = None if same else nn.Conv2d(inputs, widths[-1], 1, stride, bias=False)
+        self.dropout = nn.Dropout2d(dropout) if dropout else nn.Identity()
+
+    def forward(self, x):
+        first = F.relu(self.bns[0](x))
+        y = self.convs[0](first)
+        for bn, conv in zip(self.bns[1:], self.convs[1:]):
+            y = conv(self.dropout(F.relu(bn(y))))
+        return y + (x if self.shortcut is None else self.shortcut(first)), first
+
+
+class ResNet38(Backbone):
+    """Taps after BN-ReLU: 256 at stride 4; 512, 1024, 4096 at stride 8. thin divides all widths (for tests).
+
+    freeze() also fixes the first convolution and stage 2, as PSA and its heirs do.
+    """
+
+    def __init__(self, thin=1):
+        super().__init__([], [width // thin for width in CHANNELS["resnet38"]], (4, 8, 8, 8))
+        self.conv1a, inputs = nn.Conv2d(3, 64 // thin, 3, padding=1, bias=False), 64 // thin
+        self.units = nn.ModuleDict()
+        for stage, (count, widths, stride, dilation, dropout) in PLAN38.items():
+            widths = [width // thin for width in widths]
+            for i in range(count):
+                dilations = [dilation if i else 1, dilation, dilation]
+                self.units[f"{stage}a" if i == 0 else f"{stage}b{i}"] = Unit38(
+                    inputs, widths, 1 if i else stride, dilations, dropout)
+                inputs = widths[-1]
+        self.bn7 = nn.BatchNorm2d(inputs)
+
+    def forward(self, x):
+        taps, x = [], self.conv1a(x)
+        for name, unit in self.units.items():
+            x, first = unit(x)
+            if name in ("4a", "5a", "6a"):
+                taps.append(first)
+        return [*taps, F.relu(self.bn7(x))]
+
+    def freeze(self):
+        for part in (self.conv1a, *(unit for name, unit in self.units.items() if name[0] == "2")):
+            part.requires_grad_(False)
+        return super().freeze()
+
+
+def load_resnet38_params(net, file):
+    """Loads the MXNet file ilsvrc-cls_rna-a1_cls1000_ep-0001.params into a ResNet38 (no mxnet needed).
+
+    res2a_branch2a_weight -> units.2a.convs.0.weight, res3b1_branch2b1_weight -> units.3b1.convs.1.weight
+    (branch2b and branch2b1 are the same, branch2b2 is convs.2), res2a_branch1_weight ->
+    units.2a.shortcut.weight; bn2a_branch2a_gamma, _beta, _moving_mean, _moving_var -> units.2a.bns.0.weight,
+    .bias, .running_mean, .running_var; conv1a and bn7 keep their names; linear1000 is left out.
+    """
+    state, unknown = {}, []
+    for key, array in read_mxnet(file).items():
+        name = key.split(":")[-1]
+        target = key38(name)
+        if target:
+            state[target] = torch.from_numpy(array.astype(np.float32))
+        elif not name.startswith("linear1000_"):
+            unknown.append(name)
+    if unknown:
+        raise UserError(f"weights {file}: not keys of Wide-ResNet-38: {', '.join(sorted(unknown)[:5])}")
+    load_exactly(net, state, file)
+
+
+def key38(name):
+    """Key of ResNet38 for a key of the MXNet file, or None."""
+    last = {"weight": "weight", "gamma": "weight", "beta": "bias", "moving_mean": "running_mean",
+            "moving_var": "running_var"}
+    match = re.fullmatch(r"(?:(conv1a|bn7)|(res|bn)(\d[ab]\d*)_branch(1|2a|2b1?|2b2))_(\w+)", name)
+    if not match or match[5] not in last:
+        return None
+    if match[1]:
+        return f"{match[1]}.{last[match[5]]}"
+    index = {"2a": 0, "2b": 1, "2b1": 1, "2b2": 2}.get(match[4])
+    part = "shortcut" if index is None else f"{'convs' if match[2] == 'res' else 'bns'}.{index}"
+    return f"units.{match[3]}.{part}.{last[match[5]]}"
+
+
+def read_mxnet(file):
+    """MXNet's NDArray list (little endian) -> {name: array}.
+
+    uint64 magic 0x112, uint64 reserved, uint64 count, arrays; uint64 count, names (uint64 length, bytes).
+    Array: uint32 0xF993FAC9, int32 storage | uint32 0xF993FAC8 | nothing (oldest form); uint32 rank, that
+    many sizes (int64, oldest form uint32); int32 device, int32 device number; int32 type; the values.
+    """
+    try:
+        data, at = Path(file).read_bytes(), 0
+    except OSError as error:
+        raise UserError(f"weights {file} can not be read: {error.strerror}") from None
+
+    def take(form):
+        nonlocal at
+        values = struct.unpack_from("<" + form, data, at)
+        at += struct.calcsize("<" + form)
+        return values if len(values) != 1 else values[0]
+
+    def take_array():
+        nonlocal at
+        first = take("I")
+        if first == 0xF993FAC9 and take("i") not in (0, -1):
+            raise ValueError("sparse array")
+        new = first in (0xF993FAC8, 0xF993FAC9)
+        size = take("I") if new else first
+        shape = np.atleast_1d(take(f"{size}{'q' if new else 'I'}"))
+        take("ii")
+        dtype = np.dtype(["<f4", "<f8", "<f2", "u1", "<i4", "i1", "<i8"][take("i")])
+        array = np.frombuffer(data, dtype, int(np.prod(shape)), at)
+        at += array.nbytes
+        return array.reshape(shape)
+
+    try:
+        if take("Q") != 0x112:
+            raise ValueError("it does not begin with 0x112")
+        take("Q")
+        arrays = [take_array() for _ in range(take("Q"))]
+        names = [take(f"{take('Q')}s").decode() for _ in range(take("Q"))]
+        return dict(zip(names, arrays, strict=True))
+    except (ValueError, IndexError, struct.error) as error:
+        raise UserError(f"weights {file}: not an MXNet parameter file, or cut short ({error})") from None
+
+
+# ── Heads ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+class ASPP(nn.Module):
+    """DeepLab-v2's classifier, the sum of four dilated 3x3: (B,channels,h,w) -> (B,classes,h,w)."""
+
+    def __init__(self, channels, classes, rates=(6, 12, 18, 24)):
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv2d(channels, classes, 3, padding=r, dilation=r) for r in rates)
+        for branch in self.branches:
+            nn.init.normal_(branch.weight, std=0.01)
+            nn.init.zeros_(branch.bias)
+
+    def forward(self, x):
+        return sum(branch(x) for branch in self.branches)
+
+
+class LargeFOV(ASPP):
+    """CIAN's classifier: one 3x3 convolution of dilation 12."""
+
+    def __init__(self, channels, classes, dilation=12):
+        super().__init__(channels, classes, (dilation,))
+
+
+class LargeFOVVGG(nn.Sequential):
+    """DeepLab-v1's classifier on conv5_3: two poolings of stride 1, fc6 3x3 of dilation 12, fc7, fc8."""
+
+    def __init__(self, channels, classes, dilation=12):
+        super().__init__(nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1),
+                         nn.Conv2d(channels, 1024, 3, padding=dilation, dilation=dilation), nn.ReLU(),
+                         nn.Dropout(0.5), nn.Conv2d(1024, 1024, 1), nn.ReLU(), nn.Dropout(0.5),
+                         nn.Conv2d(1024, classes, 1))
+        nn.init.normal_(self[-1].weight, std=0.01)
+        nn.init.zeros_(self[-1].bias)
+
+
+class DeepLab(nn.Module):
+    """Backbone and head: image (B,3,H,W) -> logits (B,K+1,h,w) at the backbone's output stride."""
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, image):
+        return self.head(self.backbone(image)[-1])
+
+
+# ── Dense CRF ───────────────────────────────────────────────────────────────────────────────────────────────
+
+class CRF(NamedTuple):
+    """Mean field: Gaussian and bilateral kernel (deviations in pixels, in RGB 0..255; weight), iterations."""
+    gauss_xy: float
+    gauss_w: float
+    bi_xy: float
+    bi_rgb: float
+    bi_w: float
+    steps: int
+
+
+def dense_crf(images, probs, crf, backend="pydensecrf", workers=0):
+    """Refines class probabilities by Kraehenbuehl and Koltun's dense CRF (Potts, symmetric normalisation).
+
+    images: list of (H,W,3) uint8; probs: as many (C,H,W) arrays or tensors -> list of (C,H,W) float32 arrays.
+    A class that is zero everywhere is absent: left out and returned as zero; with one class present there is
+    nothing to do. backend "none" returns probs. workers > 1: that many processes, kept for later calls.
+    """
+    probs = [prob.detach().float().cpu() if torch.is_tensor(prob) else prob for prob in probs]
+    probs = [np.asarray(prob, np.float32) for prob in probs]
+    if backend == "none":
+        return probs
+    if backend != "pydensecrf":
+        raise ValueError(f"dense_crf: backend {backend} is neither pydensecrf nor none")
+    images = [np.ascontiguousarray(image, np.uint8) for image in images]
+    for image, prob in zip(images, probs, strict=True):
+        if image.shape != (*prob.shape[1:], 3):
+            raise ValueError(f"dense_crf: image {image.shape} and probabilities {prob.shape} do not match")
+        if not np.isfinite(prob).all():
+            raise ValueError("dense_crf: probabilities hold NaN or infinity")
+    jobs = [(image, prob, crf) for image, prob in zip(images, probs)]
+    if workers > 1 and len(jobs) > 1:
+        return crf_pool(workers).starmap(crf_one, jobs, chunksize=1)
+    return [crf_one(*job) for job in jobs]
+
+
+def crf_one(image, prob, crf):
+    """dense_crf of one picture through pydensecrf."""
+    import pydensecrf.densecrf as densecrf
+    present = prob.any(axis=(1, 2))
+    if present.sum() < 2:
+        return prob
+    height, width = image.shape[:2]
+    unary = -np.log(np.clip(prob[present], 1e-5, 1)).reshape(present.sum(), -1)
+    field = densecrf.DenseCRF2D(width, height, len(unary))
+    field.setUnaryEnergy(np.ascontiguousarray(unary))
+    field.addPairwiseGaussian(sxy=crf.gauss_xy, compat=crf.gauss_w)
+    field.addPairwiseBilateral(sxy=crf.bi_xy, srgb=crf.bi_rgb, rgbim=image, compat=crf.bi_w)
+    result = np.zeros_like(prob)
+    result[present] = np.reshape(field.inference(crf.steps), (-1, height, width))
+    return result
+
+
+@functools.cache
+def crf_pool(workers):
+    """Processes for crf_one, forked by a server that holds no threads and no GPU; they end with this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["common"])
+    return context.Pool(workers)
+
+
+# ── Metric ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+class ConfusionMatrix:
+    """Counts of (true class, predicted class) over pixels; classes: names with the background first."""
+
+    def __init__(self, classes):
+        self.classes = list(classes)
+        self.counts = torch.zeros(len(classes), len(classes) + 1, dtype=torch.int64)  # last column: no label
+
+    def add(self, pred, mask):
+        """pred, mask (H,W). mask 255: the pixel does not count; pred 255: a miss of the true class."""
+        pred, mask = (np.asarray(labels, np.int64) for labels in (pred, mask))
+        n = len(self.classes)
+        if pred.shape != mask.shape:
+            raise ValueError(f"prediction {pred.shape} and mask {mask.shape} differ in size")
+        for labels, what in ((pred, "prediction"), (mask, "mask")):
+            wrong = np.unique(labels[(labels != 255) & ((labels < 0) | (labels >= n))])
+            if len(wrong):
+                raise ValueError(f"{what} holds {wrong[:5].tolist()}, allowed are 0..{n - 1} and 255")
+        valid = mask != 255
+        pred = np.where(pred == 255, n, pred)
+        pairs = mask[valid] * (n + 1) + pred[valid]
+        self.counts += torch.from_numpy(np.bincount(pairs, minlength=n * (n + 1))).view(n, n + 1)
+
+    def reduce(self):
+        """Sums over all processes; returns itself."""
+        reduce(self.counts)
+        return self
+
+    def iou(self):
+        """{class: percent, or None where neither masks nor predictions have the class}."""
+        hits = self.counts.diagonal()                           # n of them, the table is n x (n+1)
+        union = self.counts.sum(1) + self.counts[:, :-1].sum(0) - hits
+        return {name: 100 * hit / every if every else None
+                for name, hit, every in zip(self.classes, hits.tolist(), union.tolist())}
+
+    def miou(self):
+        """Mean over the classes that are there, percent; None if none is."""
+        present = [value for value in self.iou().values() if value is not None]
+        return sum(present) / len(present) if present else None
+
+    def precision(self):
+        """Percent of the labelled pixels that are right, background included; None without any."""
+        labelled = self.counts[:, :-1].sum().item()
+        return 100 * self.counts.diagonal().sum().item() / labelled if labelled else None
+
+    def coverage(self):
+        """Percent of the pixels that have a label; None without any pixel."""
+        pixels = self.counts.sum().item()
+        return 100 * self.counts[:, :-1].sum().item() / pixels if pixels else None
+
+
+# ── Pictures ────────────────────────────────────────────────────────────────────────────────────────────────
+
+def colour(cell):
+    """(H,W,3) uint8 stays; (H,W) floats in [0,1] -> black-red-yellow-white; (H,W) labels -> VOC colours."""
+    cell = np.asarray(cell)
+    if cell.ndim == 3:
+        return cell.astype(np.uint8)
+    if np.issubdtype(cell.dtype, np.floating):
+        return (255 * np.clip(3 * cell[..., None] - np.arange(3), 0, 1)).astype(np.uint8)
+    return voc_palette()[cell.astype(np.uint8)]
+
+
+def overlay(image, label, alpha=0.5):
+    """Labels over the picture; the background stays as it is. image (H,W,3), label (H,W) -> (H,W,3) uint8."""
+    weight = alpha * (np.asarray(label) != 0)[..., None]
+    return np.round(weight * colour(label) + (1 - weight) * image).astype(np.uint8)
+
+
+def contact_sheet(path, rows, titles, height=160, gap=4):
+    """PNG of rows of pictures (see colour), one title over each column, each row scaled to one height."""
+    def scaled(cell):
+        smooth = np.ndim(cell) == 3
+        cell = Image.fromarray(colour(cell))
+        size = max(1, round(cell.width * height / cell.height)), height
+        return cell.resize(size, Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST)
+
+    rows = [[scaled(cell) for cell in row] for row in rows]
+    widths = [max(row[i].width for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    size = sum(widths) + gap * (len(widths) + 1), 20 + (height + gap) * len(rows)
+    sheet, left = Image.new("RGB", size, "white"), gap
+    draw = ImageDraw.Draw(sheet)
+    for i, width in enumerate(widths):
+        if i < len(titles):
+            draw.text((left, 4), titles[i], fill="black")
+        for j, row in enumerate(rows):
+            if i < len(row):
+                sheet.paste(row[i], (left, 20 + j * (height + gap)))
+        left += width + gap
+    save_image(path, sheet)
