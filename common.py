@@ -630,7 +630,7 @@ CHANNELS = {"tiny": (32, 48, 64, 96), "resnet18": (64, 128, 256, 512), "resnet50
 
 
 def tiny_net():
-    """A ResNet of four basic blocks to train from nothing on scenes of about 100 pixels; 0.49 M weights."""
+    """A ResNet of four basic blocks to train from nothing on scenes of about 100 pixels; 0.27 M weights."""
     blocks, inputs = [], 32
     for width, stride in zip(CHANNELS["tiny"], (1, 2, 2, 2)):
         shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width))
@@ -703,7 +703,7 @@ def load_weights(net, name, weights):
 def load_exactly(net, state, source, ignored=()):
     """load_state_dict that names the keys which are missing, unknown or of another shape, in a UserError."""
     own = {key: value for key, value in net.state_dict().items() if not key.startswith(tuple(ignored))}
-    needed = [key for key in own if not key.endswith("num_batches_tracked")]    # counters, which old files lack
+    needed = [key for key in own if not key.endswith("num_batches_tracked")]    # old files lack these
     faults = [*(f"missing {key}" for key in needed if key not in state),
               *(f"unknown {key}" for key in state if key not in own),
               *(f"shape {tuple(state[key].shape)} of {key}, not {tuple(own[key].shape)}"
