@@ -29,7 +29,7 @@ Departures   [D1] classifier and affinity CNN: paper ResNet-38, whose weights ex
                   averages foreground and background apart: --balanced-ce). Consistency check in phase two, anew each epoch; authors' code: in
                   place and from the start (--consistency-in-place)
              [D10] SGD without momentum for SEAM and the affinity CNN: what their published optimiser really does
-             [D11] box coordinates are zero-based (the published seeds use VOC's one-based ones); class scores of absent tags are set to 0
+             [D11] the GNN's output layer has the image's own classes (its tags) and background only; the authors' has all of them
              [D13] convolutions with odd kernels centre feature cell i on pixel stride·i, and maps are enlarged so; the usual bilinear
                   enlargement of the authors' code places it half a cell off
              [D12] random walk labels (Table 3.4's RW): started from the CAM inside the boxes of its class, background 1 outside all boxes
@@ -247,9 +247,9 @@ SHAPES = dict(backbone="tiny", cam_backbone="tiny", weights="none", stride=4, se
               cam_scales=(0.5, 1.0, 1.5), test_scales=(0.75, 1.0, 1.25), aff_steps=120, aff_batch=8, aff_lr=0.01, hidden=64, epochs=(15, 15),
               seg_steps=500, seg_batch=16, seg_lr=0.02, seg_crop=96)
 PHOTOS = dict(cam_backbone="same", train_list="train", stride=16, seg_stride=16,
-              cam_steps=400, cam_lr=0.01, cam_crop=321, cam_resize=(321, 513),
-              aff_steps=260, aff_batch=4, hidden=64, epochs=(30, 30),
-              seg_steps=800, seg_batch=8, seg_lr=2e-3)
+              cam_steps=330, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
+              aff_steps=260, aff_batch=4, hidden=64, epochs=(25, 25),
+              seg_steps=600, seg_batch=8, seg_lr=2e-3)
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {
@@ -328,17 +328,19 @@ class A2GNN(nn.Module):
 
     def __init__(self, generators, dim, classes, hidden=256, layers=3, beta=10.0, kind="a2gnn", use_cos=True, use_edge=True):
         super().__init__()
-        def xavier(i, o):
-            draws = [torch.rand(i, o, generator=g, device=g.device) for g in generators]
-            return nn.Parameter((torch.stack(draws) * 2 - 1) * (6 / (i + o)) ** 0.5)
-        self.W0 = xavier(dim, hidden)                                                   # (B,D,hidden)
+        def xavier(i, widths):                                                           # padded with 0 to the widest image
+            draws = [(torch.rand(i, o, generator=g, device=g.device) * 2 - 1) * (6 / (i + o)) ** 0.5
+                     for o, g in zip(widths, generators, strict=True)]
+            return nn.Parameter(torch.stack([F.pad(d, (0, max(widths) - d.shape[1])) for d in draws]))
+        same = [hidden] * len(generators)
+        self.W0 = xavier(dim, same)                                                   # (B,D,hidden)
         self.w = nn.Parameter(torch.stack([torch.rand(layers, generator=g, device=g.device) for g in generators]))   # w^l ~ U(0,1)
         self.W = xavier(hidden, classes)                                                # W^{L+1}
         self.kind, self.beta, self.layers, self.use_cos, self.use_edge = kind, beta, layers, use_cos, use_edge
         if kind in ("gcn", "gat"):
-            self.Wl = nn.ParameterList(xavier(hidden, hidden) for _ in range(layers))
+            self.Wl = nn.ParameterList(xavier(hidden, same) for _ in range(layers))
         if kind == "gat":
-            self.al = nn.ParameterList(xavier(hidden, 2) for _ in range(layers))
+            self.al = nn.ParameterList(xavier(hidden, [2] * len(same)) for _ in range(layers))
 
     def forward(self, x, edges, window, keep=None):
         B, h, w, D = x.shape
@@ -398,13 +400,14 @@ def resample(x, size):
     return x if x.shape[-2:] == tuple(size) else F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
-def lerp_matrix(pixels, nodes, stride, shape, device):
-    """Bilinear weights that enlarge one axis. Feature cell i lies at pixel stride·i [D13]; beyond the last cell its value is repeated.
+def lerp_matrix(pixels, nodes, stride, shape, device, scale=1.0):
+    """Bilinear weights that enlarge one axis. Feature cell i lies at pixel stride·i of the image that the network saw, which
+    was `scale` times the original [D13]; beyond the first and last cell their values are repeated.
 
-    pixels, nodes: the image's own numbers; shape: (rows, columns) of the padded matrix, rows ≥ pixels, columns ≥ nodes -> float32
+    pixels, nodes: the image's own numbers; shape: (rows, columns) of the padded matrix, at least these -> float32
     """
     index = torch.arange(pixels, device=device)
-    place = (index / stride).clamp_max(nodes - 1)
+    place = (((index + 0.5) * scale - 0.5) / stride).clamp(0, nodes - 1)
     low = place.floor().long()
     matrix = torch.zeros(shape, device=device)
     matrix[index, low] = 1 - (place - low)
@@ -419,9 +422,10 @@ def enlarge(x, rows, columns):
     return (rows[:, None] @ x)
 
 
-def cells_to_pixels(x, stride, size):
-    """Feature maps (B,C,h,w) of one image size -> (B,C,*size).   [D13]"""
-    rows, columns = (lerp_matrix(n, cells, stride, (n, cells), x.device) for n, cells in zip(size, x.shape[-2:], strict=True))
+def cells_to_pixels(x, stride, size, scale=1.0):
+    """Feature maps (B,C,h,w) of an image seen at `scale` -> (B,C,*size) at its original size.   [D13]"""
+    rows, columns = (lerp_matrix(n, cells, stride, (n, cells), x.device, scale)
+                     for n, cells in zip(size, x.shape[-2:], strict=True))
     return enlarge(x, rows[None], columns[None])
 
 
@@ -479,11 +483,12 @@ def multi_scale_cam(net, image, tags, scales, stride, device):
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
     total = 0
     for scale in scales:
-        size = [max(32, round(n * scale)) for n in image.shape[:2]]
-        scaled = resample(x, size)
-        cam = cells_to_pixels(net(torch.cat([scaled, scaled.flip(-1)]))[0][1], stride, size)
-        total = total + resample(F.relu(cam[:1] + cam[1:].flip(-1)), image.shape[:2])[0]
-    return (minmax(total) * torch.as_tensor(tags, device=device)[:, None, None]).cpu().numpy()
+        scaled = resample(x, [max(32, round(n * scale)) for n in image.shape[:2]])
+        cam = cells_to_pixels(net(torch.cat([scaled, scaled.flip(-1)]))[0][1][:, tags], stride, image.shape[:2], scale)
+        total = total + F.relu(cam[0] + cam[1].flip(-1))
+    full = np.zeros((len(tags), *image.shape[:2]), np.float32)
+    full[tags] = minmax(total).cpu().numpy()
+    return full
 
 
 # ── Seeds (§3.2, §3.3.2): arrays in, arrays out ──────────────────────────────────────────────────────────────────────
@@ -894,7 +899,7 @@ def train_classifier(args, run, train_set):
 def write_seeds(args, run, net, train_set):
     """CAM -> M_I, M'_I -> M_F, M_g.   Writes cam/*.npz, seeds_F/*.png (M_F) and seeds/*.png (M_g)."""
     with run.timed("seeds"), ThreadPoolExecutor(max(1, args.workers)) as pool:
-        for names in run.todo(train_set.names, "seeds", chunk=16, stage="seeds"):
+        for names in run.todo(train_set.names, "seeds", chunk=16, stage="seeds", beside=("cam", "seeds_F")):
             samples = [train_set[train_set.index(name)] for name in names]
             images = [s.image for s in samples]
             cams = [multi_scale_cam(net, s.image, s.tags, args.cam_scales, args.stride, run.device) for s in samples]
@@ -966,7 +971,7 @@ def train_affinity(args, run, classifier, train_set):
 def write_walk(args, run, net, train_set):
     """Table 3.4's RW: random walk of the CAM inside the boxes [D12].   Writes walk/*.png and walk_crf/*.png"""
     with run.timed("walk"):
-        for names in run.todo(train_set.names, "walk_crf", chunk=16, stage="walk"):
+        for names in run.todo(train_set.names, "walk_crf", chunk=16, stage="walk", beside=("walk",)):
             samples = [train_set[train_set.index(name)] for name in names]
             probs = [walk_image(args, net, s, read_cam(run, s.name, len(train_set.classes)), run.device) for s in samples]
             refined = dense_crf([s.image for s in samples], probs, args.gnn_crf, args.crf, args.workers)
@@ -1002,21 +1007,29 @@ def make_graphs(args, net, samples, seeds, device):
     g.nodes = g.valid.sum((1, 2))
     h, w = g.valid.shape[1:]
     H, W = (max(size[i] for size in g.sizes) for i in (0, 1))
-    g.seeds = torch.stack([F.pad(torch.as_tensor(s, device=device).long(), (0, W - s.shape[1], 0, H - s.shape[0]), value=255) for s in seeds])
+    g.classes = [np.concatenate([[0], np.flatnonzero(s.tags) + 1]) for s in samples]              # output layer: these only [D11]
+    C = max(map(len, g.classes))
+    g.absent = torch.tensor([[-1e9 * (c >= len(own)) for c in range(C)] for own in g.classes], device=device)
+    local = np.full((len(samples), 256), 255)
+    for b, own in enumerate(g.classes):
+        local[b, own] = range(len(own))
+    g.seeds = torch.stack([F.pad(torch.as_tensor(local[b][s], device=device), (0, W - s.shape[1], 0, H - s.shape[0]), value=255)
+                           for b, s in enumerate(seeds)])
     if args.nodes == "pixel":
         g.rows = torch.stack([F.pad(a.pixels[0], (0, h - a.pixels[0].shape[1], 0, H - a.pixels[0].shape[0])) for a in graphs])
         g.columns = torch.stack([F.pad(a.pixels[1], (0, w - a.pixels[1].shape[1], 0, W - a.pixels[1].shape[0])) for a in graphs])
     else:
         g.index = torch.stack([F.pad(a.pixels, (0, W - a.pixels.shape[1], 0, H - a.pixels.shape[0])) for a in graphs])
-    boxes = [(b, *pixel_corners(box, *size)) for b, (s, size) in enumerate(zip(samples, g.sizes, strict=True)) for box in s.boxes]
+    boxes = [(b, local[b][int(box[0])], *pixel_corners(box, *size))
+             for b, (s, size) in enumerate(zip(samples, g.sizes, strict=True)) for box in s.boxes]
     g.boxes = torch.tensor(boxes, dtype=torch.long, device=device).view(-1, 6)
     return g
 
 
 def pixel_corners(box, H, W):
-    """[c, x0, y0, x1, y1] floats -> the same as integers inside the image."""
-    c, rows, columns = pixel_box(box, H, W)
-    return c, columns.start, rows.start, min(columns.stop, W), min(rows.stop, H)
+    """[c, x0, y0, x1, y1] floats -> x0, y0, x1, y1 as integers inside the image."""
+    _, rows, columns = pixel_box(box, H, W)
+    return columns.start, rows.start, min(columns.stop, W), min(rows.stop, H)
 
 
 def to_pixels(g, nodes, image=None):
@@ -1049,16 +1062,17 @@ def at_points(g, H, y, x, stride):
     return F.embedding_bag(index, H.reshape(-1, d), per_sample_weights=weights.view(index.shape), mode="sum").view(*y.shape, d)
 
 
-def train_gnn(args, g, names, classes):
-    """§3.3.5: one A²GNN per image, trained from scratch in two phases, Eq. (3.20).   -> class probabilities (B,K+1,H,W)"""
+def train_gnn(args, g, names):
+    """§3.3.5: one A²GNN per image, trained from scratch in two phases, Eq. (3.20).   -> probabilities (B,C,H,W) of g.classes"""
     device = g.x.device
     generators = [torch.Generator(device).manual_seed(zlib.crc32(f"{args.seed} {name}".encode())) for name in names]
-    net = A2GNN(generators, g.x.shape[-1], classes, args.hidden, args.layers, args.beta, args.gnn, not args.edge_only, not args.attention_only)
+    net = A2GNN(generators, g.x.shape[-1], list(map(len, g.classes)), args.hidden, args.layers, args.beta, args.gnn, not args.edge_only, not args.attention_only)
     optim = torch.optim.Adam(net.parameters(), lr=args.gnn_lr, weight_decay=args.gnn_weight_decay)
     seeds = g.seeds
     for epoch in range(sum(args.epochs)):
         second = epoch >= args.epochs[0]
         H, logits = net(g.x, g.edges, g.window, dropout_factors(g, generators, args.hidden, args.dropout))
+        logits = logits + g.absent[:, None, None]
         log_O = to_pixels(g, logits).log_softmax(1)
         points = eq3_23_25_points(log_O.detach(), g.boxes)
         check = args.consistency and (second or args.consistency_in_place)
@@ -1076,7 +1090,7 @@ def train_gnn(args, g, names, classes):
         loss.sum().backward()
         optim.step()
     with torch.no_grad():
-        return to_pixels(g, net(g.x, g.edges, g.window)[1]).softmax(1)
+        return to_pixels(g, net(g.x, g.edges, g.window)[1] + g.absent[:, None, None]).softmax(1)
 
 
 def dropout_factors(g, generators, hidden, p):
@@ -1103,17 +1117,17 @@ def write_pseudo(args, run, net, train_set):
     """One A²GNN per image, `batch_images` of them side by side; then CRF.   Writes pseudo_raw/*.png and pseudo/*.png"""
     folder = {"M_g": "seeds", "M_F": "seeds_F"}[args.seed_labels]
     with run.timed("pseudo"):
-        for names in run.todo(train_set.names, "pseudo", chunk=args.batch_images, stage="pseudo"):
+        for names in run.todo(train_set.names, "pseudo", chunk=args.batch_images, stage="pseudo", beside=("pseudo_raw",)):
             names = [names] if isinstance(names, str) else names
             samples = [train_set[train_set.index(name)] for name in names]
             seeds = [read_label(run.path(folder, name), train_set.classes) for name in names]
             g = make_graphs(args, net, samples, seeds, run.device)
-            O = train_gnn(args, g, names, len(train_set.classes) + 1).cpu().numpy()
-            probs = [o[:, :H, :W] * np.concatenate([[1], s.tags])[:, None, None] for o, s, (H, W) in zip(O, samples, g.sizes, strict=True)]
+            O = train_gnn(args, g, names).cpu().numpy()
+            probs = [o[:len(own), :H, :W] for o, own, (H, W) in zip(O, g.classes, g.sizes, strict=True)]
             refined = dense_crf([s.image for s in samples], probs, args.gnn_crf, args.crf, args.workers)
-            for s, prob, crf in zip(samples, probs, refined, strict=True):
-                save_label(run.path("pseudo_raw", s.name), prob.argmax(0))
-                save_label(run.path("pseudo", s.name), crf.argmax(0))
+            for s, own, prob, crf in zip(samples, g.classes, probs, refined, strict=True):
+                save_label(run.path("pseudo_raw", s.name), own[prob.argmax(0)])
+                save_label(run.path("pseudo", s.name), own[crf.argmax(0)])
 
 
 def make_segmenter(args, classes, weights):

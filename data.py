@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)            # ImageNet's, of RGB / 255
-LABEL_MAPS = ("mask", "instances", "scribble", "seed", "pseudo")  # moved by nearest neighbour, pad 255
+LABEL_MAPS = ("mask", "instances", "scribble", "seed", "pseudo")    # moved by nearest neighbour
 REVEALS = {"image": (), "point": ("points",), "scribble": ("scribble",), "box": ("boxes",),
            "full": ("points", "scribble", "boxes", "mask", "instances")}     # beside name, image and tags
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
@@ -48,9 +48,8 @@ class Sample(types.SimpleNamespace):
     """One picture with what is known about it. A field that is not revealed is absent, never None.
 
     name str · image (H,W,3) uint8 RGB · tags (K,) bool · boxes (M,5) float32 [class, x0, y0, x1, y1] ·
-    points (P,3) float32 [class, x, y] · scribble, mask (H,W) uint8 {0..K, 255} · instances (H,W) uint8: 0 =
-    none, 1.. = objects, 255 = border. Stages of a method attach further label maps: seed, pseudo (H,W)
-    uint8.
+    points (P,3) float32 [class, x, y] · scribble, mask (H,W) uint8 {0..K, 255} · instances (H,W) uint8,
+    0 = none, 1.. = objects, 255 = border. Stages attach further label maps: seed, pseudo (H,W) uint8.
     """
 
 
@@ -188,14 +187,21 @@ def load(args, split, masks=False):
     """
     if args.data not in SOURCES:
         raise DataError(f"no data set is called {args.data!r}; choose one of {', '.join(SOURCES)}")
-    everything = masks or split == "val"
-    shown = REVEALS["full"] if everything else REVEALS[args.supervision]
+    revealed, needed = REVEALS[args.supervision], ()
     if split == "val" or args.supervision == "full":
         needed = ("mask",)
-    else:
-        needed = () if masks else shown
+    elif not masks:
+        needed = revealed
+    wish = Wish(REVEALS["full"] if masks or split == "val" else revealed, needed, revealed)
     root = Path(getattr(args, "root", "") or f"data/{args.data}")
-    return Dataset(SOURCES[args.data](root, split, args.train_list, shown, needed))
+    return Dataset(SOURCES[args.data](root, split, args.train_list, wish))
+
+
+class Wish(NamedTuple):
+    """What load asks of a data set: fields beside name, image and tags."""
+    shown: tuple                # what samples have if files hold it
+    needed: tuple               # of these, what every sample must have
+    derived: tuple              # of these, what comes from the masks where no file holds it
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -267,7 +273,8 @@ def reading(path, what, remedy):
     except FileNotFoundError:
         raise DataError(f"{what} {path} does not exist; check the folder and the list of names") from None
     except Exception as error:                                      # libraries raise a dozen kinds of error
-        raise DataError(f"{what} {path} can not be read ({error}); {remedy}") from None
+        fault = " ".join(str(error).split())
+        raise DataError(f"{what} {path} can not be read ({fault}); {remedy}") from None
 
 
 def read_image(path):
@@ -305,9 +312,9 @@ def read_values(files, classes):
 
 
 def read_json(path):
-    """What a JSON file holds; {} when there is no such file."""
-    with reading(path, "table", "correct it: it must be JSON"):
-        return json.loads(path.read_text()) if path.is_file() else {}
+    """The table {name: ...} of a JSON file; {} when there is no such file."""
+    with reading(path, "table", "write it as JSON: {\"name\": [...], ...}"):
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
 def read_classes(path):
@@ -360,14 +367,17 @@ def locate(rows, columns, classes, size, path):
     [(class name, x0, y0, x1, y1)] -> (M,5) float32
     """
     height, width = size
-    for name, x, y, *end in rows:
-        x1, y1 = end or (x + 1e-6, y + 1e-6)
-        if not (-1 <= x < x1 <= width + 1 and -1 <= y < y1 <= height + 1):   # old files may be off by one
-            what = f"box of {name} {x:g}, {y:g} .. {x1:g}, {y1:g}" if end else f"point of {name} {x:g}, {y:g}"
-            raise DataError(f"{path} has a {what}, beyond its picture of {width}x{height}; correct it or use "
-                            "the picture that it was drawn on")
-    out = np.array([[class_number(name, classes, path), *at] for name, *at in rows], np.float32)
-    out, rim = out.reshape(-1, columns), 0.5 if columns == 3 else 0
+    with reading(path, "boxes or points of", "write [class, x0, y0, x1, y1] or [class, x, y]"):
+        out = np.array([[class_number(name, classes, path), *at] for name, *at in rows], np.float32)
+        out = out.reshape(len(rows), columns)
+    x, y, x1, y1 = out[:, [1, 2, -2, -1]].T
+    off = (x < -1) | (y < -1) | (x1 > width + 1) | (y1 > height + 1)    # old VOC files may be off by one
+    if columns == 5: off |= (x >= x1) | (y >= y1)
+    if off.any():
+        name, *at = rows[off.argmax()]
+        raise DataError(f"{path} has {name} at {few(at)}, beyond its picture of {width}x{height}; mend it or "
+                        "use the picture that it was drawn on")
+    rim = 0.5 if columns == 3 else 0
     out[:, 1:] = out[:, 1:].clip(rim, ((width - rim, height - rim) * 2)[:columns - 1])
     return out
 
@@ -455,24 +465,24 @@ def complete(s, wanted, files, classes):
     """Adds mask and instances if they, or labels derived from them, are wanted; opens the files only then."""
     if s.name in files["mask"] and any(key in wanted and not hasattr(s, key) for key in REVEALS["full"]):
         s = changed(s, mask=read_label(files["mask"][s.name], classes, s.image))
-        if s.name in files["instances"]:                            # VOC has none of SBD's pictures
+        if s.name in files["instances"]:                            # pictures of SBD have none
             s = changed(s, instances=read_label(files["instances"][s.name], None, s.image))
         s = derive(s, wanted)
     return s
 
 
-def find_fields(names, files, shown, needed, notes, classes, where):
-    """Looks that the files for the needed fields are there -> the shown fields that samples can have.
+def find_fields(names, files, wish, notes, classes, where):
+    """Looks that the needed files {field: {name: ...}} are there -> the fields that samples will have.
 
-    files {field: {name: ...}}. Boxes, points and scribbles that no file holds come from the masks: notes
-    says which.
+    Boxes, points and scribbles that no file holds come from the masks if the supervision is about them; notes
+    says so.
     """
-    for key in needed:
+    for key in wish.needed:
         kind = key if files[key] else "mask"
         require(names, files[kind], f"{where} ({FILES[kind]})", f"{FILES[key]} are needed here")
-    fields = [key for key in shown if files[key] or files["mask"] and key != "instances"]
-    for key in fields:
-        if not files[key]: notes[key] = "derived from the (instance) masks, seeded by picture name"
+    derived = [key for key in wish.derived if not files[key] and files["mask"] and key != "instances"]
+    notes |= {key: "derived from the (instance) masks, seeded by picture name" for key in derived}
+    fields = [key for key in wish.shown if files[key] or key in derived]
     if "mask" in fields:
         read_values([files["mask"][name] for name in names if name in files["mask"]], classes)
     return fields
@@ -678,8 +688,8 @@ def draw_object(image, thing, rng, tones):
 class Shapes:
     """500 train and 200 val scenes, drawn when first asked for, then kept. A list file picks among them."""
 
-    def __init__(self, root, split, train_list, shown, needed):
-        self.classes, self.notes, self.fields = [kind.name for kind in TARGETS], {}, shown
+    def __init__(self, root, split, train_list, wish):
+        self.classes, self.notes, self.fields = [kind.name for kind in TARGETS], {}, wish.shown
         self.names, self.split, self.scenes = [f"{split}_{i:04d}" for i in range(SCENES[split])], split, {}
         if split == "train" and train_list not in ("train", "train_aug"):
             listed = read_list(train_list)
@@ -705,7 +715,7 @@ class VOC:
     opened only to derive scribbles or points that are not shipped, and notes says so.
     """
 
-    def __init__(self, root, split, train_list, shown, needed):
+    def __init__(self, root, split, train_list, wish):
         self.root, self.notes = voc_root(root), {}
         self.classes = voc_classes(self.root)
         self.names = voc_names(self.root, train_list if split == "train" else "val")
@@ -714,9 +724,9 @@ class VOC:
         self.files = {"boxes": stems(self.root / "Annotations", (".xml",)), "mask": voc_masks(self.root),
                       "instances": stems(self.root / "SegmentationObject"),
                       "scribble": stems(self.root / "scribbles", (".xml", ".png")),
-                      "points": read_json(self.root / VOC_CLICKS) if "points" in shown else {}}
+                      "points": read_json(self.root / VOC_CLICKS) if "points" in wish.shown else {}}
         require(self.names, self.files["boxes"], self.root / "Annotations", f"get the XML of {VOC_PAGE}")
-        self.fields = find_fields(self.names, self.files, shown, needed, self.notes, self.classes, self.root)
+        self.fields = find_fields(self.names, self.files, wish, self.notes, self.classes, self.root)
 
     def read(self, name):
         image, xml = read_image(self.pictures[name]), self.files["boxes"][name]
@@ -726,7 +736,8 @@ class VOC:
         if "scribble" in self.fields and name in self.files["scribble"]:
             s.scribble = read_scribble(self.files["scribble"][name], self.classes, image)
         if "points" in self.fields and name in self.files["points"]:
-            s.points = voc_points(self.files["points"][name], self.classes, image.shape[:2], name)
+            path = self.root / VOC_CLICKS
+            s.points = voc_points(self.files["points"][name], self.classes, image.shape[:2], path)
         return complete(s, self.fields, self.files, self.classes)
 
 
@@ -809,7 +820,7 @@ class Workpiece:
     that are not there come from the masks: objects are the instances, else the connected regions of a class.
     """
 
-    def __init__(self, root, split, train_list, shown, needed):
+    def __init__(self, root, split, train_list, wish):
         self.root, self.notes, folder = root / split, {}, root / split / "images"
         if not folder.is_dir():
             raise DataError(f"there is no folder {folder}; put the {split} pictures there, or correct --root "
@@ -826,7 +837,7 @@ class Workpiece:
         if self.tags_from != "tags": self.notes["tags"] = f"taken from {FILES[self.tags_from]}"
         require(self.names, self.files[self.tags_from], f"{self.root} ({FILES[self.tags_from]})",
                 "every picture needs its tags there")
-        self.fields = find_fields(self.names, self.files, shown, needed, self.notes, self.classes, self.root)
+        self.fields = find_fields(self.names, self.files, wish, self.notes, self.classes, self.root)
 
     def read(self, name):
         s = Sample(name=name, image=read_image(self.pictures[name]))
