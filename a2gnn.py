@@ -1,38 +1,47 @@
-"""A²GNN: Affinity Attention Graph Neural Network for Weakly Supervised Semantic Segmentation, from boxes to a segmentation network.
+"""A²GNN: Affinity Attention Graph Neural Network for Weakly Supervised Semantic Segmentation.
 B. Zhang, J. Xiao, J. Jiao, Y. Wei, Y. Zhao; TPAMI 2021. Equation numbers are those of B. Zhang's thesis, chapter 3.
 
-Symbols      x image (B,3,H,W) · B_k box with label L_Bk · M_I, M'_I labels of the classifier, all and confident · M_B, M_F, M_g box, fused and
-             confident seeds (H,W), 255 = unknown · F_A affinity feature (B,448,h,w) · D affinity of a pair · V, X, E nodes, features, edges ·
-             H^l node features of layer l (B,h,w,256) · P^l attention · O class probability · K_j points that box j selects
-Equations    (3.1) eq3_1_cam_labels  (3.2) eq3_2_grabcut  (3.3) eq3_3_box_labels  (3.4) eq3_4_fuse  (3.5) eq3_5_confident
-             (3.6) eq3_6_7_pair_labels  (3.7) eq3_6_7_pair_labels  (3.8) eq3_8_affinity  (3.9) train_affinity  (3.10) eq3_10_affinity_loss
-             (3.11) window_offsets  (3.12) eq3_12_affinity_regularised  (3.13) eq3_13_gaussian  (3.14) eq3_14_edges  (3.15) eq3_15_node_features
-             (3.16) A2GNN  (3.17) eq3_17_18_attention  (3.18) eq3_17_18_attention  (3.19) A2GNN  (3.20) train_gnn  (3.21) eq3_21_cross_entropy
-             (3.22) eq3_22_regularised  (3.23) eq3_23_25_points  (3.24) eq3_23_25_points  (3.25) eq3_23_25_points  (3.26) eq3_26_multi_point
-             (3.27) eq3_27_prototypes  (3.28) eq3_28_consistency.   SEAM (§3.2's [57]): SEAM, seam_loss
-Figures      Fig. 3.2 = main(), left to right; Algorithm 2 = main(), top to bottom
-Commands     python a2gnn.py                                                      # embedded shapes, about ten minutes on two CPU cores
-             python a2gnn.py --data voc --supervision box --root data/voc         # paper: 73.8 mIoU val with CRF (COCO-pretrained DeepLab)
-             python a2gnn.py --data voc --supervision full --root data/voc        # upper bound; paper: 76.8
-             python a2gnn.py --data voc --backbone resnet101 --cam-backbone resnet38 --weights FILE.params   # the paper's classifier
+Symbols      x image (B,3,H,W) · B_k box with label L_Bk · M_I, M'_I labels of the classifier, all and confident ·
+             M_B, M_F, M_g box, fused and confident seeds (H,W), 255 = unknown · F_A affinity feature (B,448,h,w) ·
+             D affinity of a pair · X, E node features and edges · H^l node features of layer l (B,h,w,256) ·
+             P^l attention · O class probability · K_j the points that box j selects
+Equations    (3.1) eq3_1_cam_labels    (3.2) eq3_2_grabcut    (3.3) eq3_3_box_labels    (3.4) eq3_4_fuse
+             (3.5) eq3_5_confident    (3.6) eq3_6_7_pair_labels    (3.7) eq3_6_7_pair_labels
+             (3.8) eq3_8_affinity    (3.9) train_affinity    (3.10) eq3_10_affinity_loss    (3.11) window_offsets
+             (3.12) eq3_12_affinity_regularised    (3.13) eq3_13_gaussian    (3.14) eq3_14_edges
+             (3.15) eq3_15_node_features    (3.16) A2GNN    (3.17) eq3_17_18_attention    (3.18) eq3_17_18_attention
+             (3.19) A2GNN    (3.20) train_gnn    (3.21) eq3_21_cross_entropy    (3.22) eq3_22_regularised
+             (3.23) eq3_23_25_points    (3.24) eq3_23_25_points    (3.25) eq3_23_25_points
+             (3.26) eq3_26_multi_point    (3.27) eq3_27_prototypes    (3.28) eq3_28_consistency
+             §3.2's SEAM (its reference 57) has no numbered equations in the thesis: SEAM, seam_loss
+Figures      Fig. 3.2 = main(), left to right; Algorithm 2 = main(), top to bottom; Fig. 3.4 = eq3_17_18_attention
+Commands     python a2gnn.py                           # embedded shapes, about ten minutes on two CPU cores
+             python a2gnn.py --data voc --supervision box --root data/voc       # paper: 73.8 val with CRF
+             python a2gnn.py --data voc --supervision full --root data/voc      # upper bound; paper: 76.8
+             python a2gnn.py --data voc --cam-backbone resnet38 --weights FILE.params  # the paper's classifier
              python a2gnn.py --predict photos/ --checkpoint runs/a2gnn-voc-box-s0/segmenter.pt
-Departures   [D1] classifier and affinity CNN: paper ResNet-38, whose weights exist only as an MXNet file; default ResNet-50
-             [D2] segmentation network from ImageNet; the paper's 73.8 starts from a COCO-segmentation checkpoint, and trains with multi-scale inputs
-             [D3] Eq. 3.5 as printed keeps all of M_F (every label of M_F is one of M_B); read: "= M_B" only where the boxes alone decide
-             [D4] affinity CNN starts from the classifier; the authors' from an affinity network trained on all SEAM labels (paper silent)
-             [D5] Eqs. 3.12 and 3.22 are sums without a scale: 3.12 here the mean over pairs, 3.22 the mean over nodes of the sum over the window
-             [D6] Eq. 3.10 as printed; authors' code halves it and splits the positives in background and foreground (--split-positives)
-             [D7] Eqs. 3.7/3.11: Euclidean r = 5 for the affinity CNN as printed; the graph's window is the authors' square, --radius 4
-             [D8] Eq. 3.28: H ≥ 0 after Eq. 3.16's ReLU, so a plain cosine is never negative and the check never acts; the features are
-                  centred on the image's mean before the cosine (--consistency-cosine literal: as printed)
-             [D9] phase lengths, learning rate: paper's 50 + 50 epochs, 0.03; authors' code for boxes 150 + 150, 0.035; CE as Eq. 3.21 (authors' code
-                  averages foreground and background apart: --balanced-ce). Consistency check in phase two, anew each epoch; authors' code: in
-                  place and from the start (--consistency-in-place)
+Departures   [D1] classifier and affinity CNN: paper ResNet-38, whose weights exist only as an MXNet file; here ResNet-50
+             [D2] segmentation network: from ImageNet and trained at one scale a step; the paper's 73.8 starts from a
+                  COCO-segmentation checkpoint
+             [D3] Eq. 3.5 as printed keeps all of M_F, since each label of M_F is one of M_B; read: "= M_B" counts only
+                  where the boxes alone decide
+             [D4] the affinity CNN starts from the classifier (paper silent; the authors' from an affinity network
+                  trained on all SEAM labels)
+             [D5] Eqs. 3.12 and 3.22 are sums without a scale: 3.12 here the mean over pairs, 3.22 per node
+             [D6] Eq. 3.10 as printed; authors' code halves it and averages background and foreground positives apart
+                  (--split-positives)
+             [D7] affinity CNN: Euclidean r = 5 as printed (Eqs. 3.7, 3.11); graph: the authors' square window,
+                  --radius 4; the paper's full graph is --radius 0
+             [D8] Eq. 3.28: features are non-negative after Eq. 3.16, so a plain cosine never falls below 0 and the
+                  check never acts; here both features are centred on the image's mean (--consistency-cosine literal)
+             [D9] the paper's 50 + 50 epochs at lr 0.03, Eq. 3.21 and a check of phase two, anew each epoch; authors'
+                  code for boxes: 150 + 150 at 0.035, --balanced-ce, --consistency-in-place
              [D10] SGD without momentum for SEAM and the affinity CNN: what their published optimiser really does
-             [D11] the GNN's output layer has the image's own classes (its tags) and background only; the authors' has all of them
-             [D13] convolutions with odd kernels centre feature cell i on pixel stride·i, and maps are enlarged so; the usual bilinear
-                  enlargement of the authors' code places it half a cell off
-             [D12] random walk labels (Table 3.4's RW): started from the CAM inside the boxes of its class, background 1 outside all boxes
+             [D11] output layer of the GNN: the image's own classes (its tags) and background; the authors' has all
+             [D12] random walk of Table 3.4: starts from the CAM inside the boxes of its class, background outside
+             [D13] odd kernels centre feature cell i on pixel stride·i, and maps are enlarged so; the authors' bilinear
+                  enlargement puts it half a cell off
+             [D14] without pretrained weights the first --cam-warmup steps train the tags alone (0 by default)
 """
 
 import zlib
@@ -47,13 +56,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (ASPP, CRF, ConfusionMatrix, DeepLab, Run, contact_sheet, dense_crf, make_backbone, overlay,
-                    parse_args, poly, reduce, save_label, save_npz, world)
-from data import (Draws, Sample, color_jitter, crop, flip, load, normalise, read_image, read_label, rescale, resize,
-                  resize_long, with_labels)
+from common import (
+    ASPP, CRF, ConfusionMatrix, DeepLab, Run, UserError, contact_sheet, dense_crf, make_backbone, overlay, parse_args, rank,
+    poly, reduce, save_label, save_npz, world)
+from data import (
+    Draws, Sample, color_jitter, crop, flip, load, normalise, read_image, read_label, rescale, resize_long, with_labels)
 
 
-# ── Args ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass
 class Args:
     # --- task ---
@@ -63,15 +73,16 @@ class Args:
     """what the training set may reveal; full = the same segmentation network on ground truth (upper bound)"""
     backbone: Literal["tiny", "resnet18", "resnet50", "resnet101", "vgg16", "mobilenet_v2", "resnet38"] = "resnet101"
     """segmentation network (§3.4: ResNet-101)"""
-    cam_backbone: str = "resnet50"
-    """classifier and affinity CNN; paper: resnet38 with --weights FILE.params [D1]. "same" = --backbone"""
+    cam_backbone: Literal[
+        "same", "tiny", "resnet18", "resnet50", "resnet101", "vgg16", "mobilenet_v2", "resnet38"] = "resnet50"
+    """classifier and affinity CNN; paper: resnet38, with --weights FILE.params [D1]. same = --backbone"""
     # --- run: the same lines in every file, so a diff shows only the method ---
     root: str = ""
     """where the data lies; default data/<name>"""
     train_list: str = "train_aug"
     """VOC: train_aug (10,582, needs SBD), train (1,464), or a file of names"""
     preset: Literal["auto", "paper", "shapes", "photos"] = "auto"
-    """defaults for a small scale; auto = shapes for --data shapes, else the paper's values. A flag given by hand always wins"""
+    """small-scale defaults; auto = shapes for --data shapes, else the paper's. A flag given by hand always wins"""
     out: str = ""
     """run folder; default runs/<method>-<data>-<supervision>-s<seed>. The same command again continues it"""
     reuse: str = ""
@@ -98,11 +109,15 @@ class Args:
     """steps between two lines of log.jsonl"""
     save_every: int = 200
     """steps between two checkpoints"""
-    # --- 1 SEAM classifier (§3.2; the defaults are SEAM's own) ---
+    # --- 1 SEAM classifier (§3.2; defaults are SEAM's own) ---
     stride: int = 8
-    """output stride of classifier, affinity CNN and graph (§3.4)"""
+    """output stride of affinity CNN and graph (§3.4: nodes are 1/8 of the pixels)"""
+    cam_stride: int = 8
+    """output stride of the classifier"""
     cam_steps: int = 10_580
     """8 epochs of 10,582 images at batch 8"""
+    cam_warmup: int = 0
+    """first steps with L_cls alone, for networks that start from nothing [D14]"""
     cam_batch: int = 8
     """images a step, over all processes"""
     cam_lr: float = 0.01
@@ -138,7 +153,7 @@ class Args:
     """iterations of GrabCut"""
     grabcut_min: float = 0.15
     """a GrabCut mask whose IoU with its box is below this becomes the whole box"""
-    # --- 3 affinity CNN (§3.3.3) ---
+    # --- 3 affinity CNN (§3.3.3) and random walk ---
     aff_steps: int = 31_740
     """12 epochs of 10,582 images at batch 4 (authors' code)"""
     aff_batch: int = 4
@@ -217,10 +232,10 @@ class Args:
     batch_images: int = 8
     """graphs trained side by side, each with its own parameters; does not change the result"""
     gnn_crf: CRF = CRF(2, 3, 50, 5, 10, 10)
-    """CRF on the GNN's probabilities (authors' code)"""
+    """CRF on the probabilities of GNN and random walk (authors' code)"""
     # --- 5 segmentation network (§3.4) ---
     train_on: Literal["pseudo", "pseudo_raw", "walk", "walk_crf", "seeds_F"] = "pseudo"
-    """labels of the segmentation network: A²GNN with or without CRF, random walk, plain box seeds M_F"""
+    """labels of the segmentation network: A²GNN with or without CRF, random walk, or the plain box seeds M_F"""
     seg_steps: int = 20_000
     """DeepLab-v2's public PyTorch recipe"""
     seg_batch: int = 10
@@ -234,7 +249,7 @@ class Args:
     seg_stride: int = 8
     """output stride of DeepLab"""
     weight_decay: float = 5e-4
-    """of the three networks"""
+    """of classifier, affinity CNN and segmentation network"""
     test_scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)
     """each with its mirror image"""
     seg_crf: CRF = CRF(1, 3, 67, 3, 4, 10)
@@ -242,35 +257,45 @@ class Args:
 
 
 # What two CPU cores do in minutes; everything else as the paper.
-SHAPES = dict(backbone="tiny", cam_backbone="tiny", weights="none", stride=4, seg_stride=4, workers=2,
-              cam_steps=300, cam_batch=16, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 144),
-              cam_scales=(0.5, 1.0, 1.5), test_scales=(0.75, 1.0, 1.25), aff_steps=120, aff_batch=8, aff_lr=0.01, hidden=64, epochs=(15, 15),
-              seg_steps=500, seg_batch=16, seg_lr=0.02, seg_crop=96)
-PHOTOS = dict(cam_backbone="same", train_list="train", stride=16, seg_stride=16,
-              cam_steps=330, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
-              aff_steps=260, aff_batch=4, hidden=64, epochs=(25, 25),
-              seg_steps=600, seg_batch=8, seg_lr=2e-3)
+SHAPES = dict(
+    backbone="tiny", cam_backbone="tiny", weights="none", stride=4, cam_stride=8, seg_stride=4,
+    cam_steps=1500, cam_warmup=900, cam_batch=8, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
+    aff_steps=120, aff_batch=8, hidden=64, epochs=(15, 15),
+    seg_steps=500, seg_batch=16, seg_lr=0.02, seg_crop=96, test_scales=(0.75, 1.0, 1.25))
+# A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
+PHOTOS = dict(
+    cam_backbone="same", train_list="train", stride=16, cam_stride=16, seg_stride=16,
+    cam_steps=330, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
+    aff_steps=260, hidden=64, epochs=(25, 25),
+    seg_steps=600, seg_batch=8, seg_lr=2e-3)
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
-FIELDS = {
-    "classifier": "data root train_list seed weights cam_backbone stride weight_decay cam_steps cam_batch cam_lr cam_momentum "
-                  "cam_crop cam_resize er_scale ecr_top".split(),
-    "seeds": "supervision crf cam_scales bg_low bg_high confident confident_fg confident_bg confident_crf seed_crf grabcut_steps "
-             "grabcut_min".split(),
-    "affinity": "seed_labels aff_steps aff_batch aff_lr aff_momentum aff_radius affinity_reg w_affinity_reg split_positives "
-                "gauss_xy gauss_rgb".split(),
-    "walk": "walk_bg walk_beta walk_steps gnn_crf".split(),
-    "pseudo": "gnn nodes edges radius attention_only edge_only hidden layers beta sigma epochs gnn_lr gnn_weight_decay dropout reg "
-              "w_reg reg_radius mp_loss mp_feature consistency consistency_cosine consistency_in_place balanced_ce".split(),
-    "segmenter": "backbone train_on seg_steps seg_batch seg_lr seg_crop seg_rescale seg_stride".split(),
-}
+FIELDS = {stage: names.split() for stage, names in {
+    "classifier": "data root train_list seed weights cam_backbone cam_stride cam_steps cam_warmup cam_batch cam_lr "
+                  "cam_momentum cam_crop cam_resize er_scale ecr_top weight_decay",
+    "seeds": "supervision crf cam_scales bg_low bg_high confident confident_fg confident_bg confident_crf seed_crf "
+             "grabcut_steps grabcut_min",
+    "affinity": "stride aff_steps aff_batch aff_lr aff_momentum aff_radius affinity_reg w_affinity_reg "
+                "split_positives seed_labels gauss_xy gauss_rgb",
+    "walk": "walk_bg walk_beta walk_steps gnn_crf",
+    "pseudo": "gnn nodes edges radius attention_only edge_only hidden layers beta sigma epochs gnn_lr "
+              "gnn_weight_decay dropout reg w_reg reg_radius mp_loss mp_feature consistency consistency_cosine "
+              "consistency_in_place balanced_ce",
+    "segmenter": "backbone train_on seg_steps seg_batch seg_lr seg_crop seg_rescale seg_stride",
+}.items()}
 
 
-# ── Networks (§3.2, §3.3.3, §3.3.4) ──────────────────────────────────────────────────────────────────────────────────
+# ── Networks (§3.2, §3.3.3, §3.3.4) ─────────────────────────────────────────────────────────────────────────
+def resample(x, size):
+    """Bilinear (B,C,h,w) -> (B,C,*size)."""
+    size = tuple(size)
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
 class SEAM(nn.Module):
     """Classifier with pixel-correlation module (§3.2's [57]).
 
-    forward(*images), each (B,3,H,W)  ->  one pair (cam, refined) per image, both (B,K,h,w), before any normalisation.
+    forward(*images), each (B,3,H,W)  ->  a pair (cam, refined) per image, both (B,K,h,w), not yet normalised.
     """
 
     def __init__(self, backbone, classes):
@@ -281,88 +306,45 @@ class SEAM(nn.Module):
         self.classifier = nn.Conv2d(high, classes, 1, bias=False)
         self.low, self.mid = nn.Conv2d(low, 64, 1, bias=False), nn.Conv2d(mid, 128, 1, bias=False)
         self.embed = nn.Conv2d(64 + 128 + 3, 192, 1, bias=False)
+        self.new_layers = [self.classifier, self.low, self.mid, self.embed]
 
     def forward(self, *images):
-        outputs = []
-        for image in images:
-            taps = self.backbone(image)
-            cam = self.classifier(self.dropout(taps[-1]))
-            low, mid = F.relu(self.low(taps[-3].detach())), F.relu(self.mid(taps[-2].detach()))
-            feature = torch.cat([resample(t, cam.shape[-2:]) for t in (image, low, mid)], dim=1)
-            outputs.append((cam.float(), pixel_correlation(cam.float().detach(), self.embed(feature).float())))
-        return outputs
+        return [self.one(image) for image in images]
 
-    def new_layers(self):
-        return [self.classifier, self.low, self.mid, self.embed]
+    def one(self, image):
+        taps = self.backbone(image)
+        cam = self.classifier(self.dropout(taps[-1]))
+        low, mid = F.relu(self.low(taps[-3].detach())), F.relu(self.mid(taps[-2].detach()))
+        feature = torch.cat([resample(t, cam.shape[-2:]) for t in (image, low, mid)], dim=1)
+        return cam.float(), pixel_correlation(cam.float().detach(), self.embed(feature).float())
 
 
 class AffinityNet(nn.Module):
     """Affinity CNN (§3.3.3, Fig. 3.3): the last three blocks -> 64/128/256 channels -> 448 -> F_A.
 
-    forward(image (B,3,H,W))  ->  F_A (B,448,h,w), X (B,D,h,w) the concatenated features of the three blocks (Eq. 3.15's x).
+    forward(image (B,3,H,W))  ->  F_A (B,448,h,w), X (B,D,h,w) the concatenated features of the three blocks.
     """
 
     def __init__(self, backbone):
         super().__init__()
         self.backbone = backbone
-        self.reduce = nn.ModuleList(nn.Conv2d(c, d, 1, bias=False) for c, d in zip(backbone.channels[-3:], (64, 128, 256), strict=True))
+        widths = zip(backbone.channels[-3:], (64, 128, 256))
+        self.narrow = nn.ModuleList(nn.Conv2d(c, d, 1, bias=False) for c, d in widths)
         self.fuse = nn.Conv2d(448, 448, 1, bias=False)
-        self.feature_dim = sum(backbone.channels[-3:])
+        self.new_layers = [*self.narrow, self.fuse]
 
     def forward(self, image):
         taps = self.backbone(image)[-3:]
         taps = [resample(t, taps[-1].shape[-2:]) for t in taps]
-        reduced = [F.elu(conv(t)) for conv, t in zip(self.reduce, taps, strict=True)]
-        return F.elu(self.fuse(torch.cat(reduced, dim=1))).float(), torch.cat(taps, dim=1).float()
-
-    def new_layers(self):
-        return [*self.reduce, self.fuse]
-
-
-class A2GNN(nn.Module):
-    """B affinity attention networks side by side (Eqs. 3.16–3.19), one per image, each with its own parameters.
-
-    forward(x (B,h,w,D), edges (B,T,q,k), window, keep (B,h,w,hidden) dropout factors or None)  ->  H^{L+1} (B,h,w,hidden), logits (B,h,w,C).
-    `generators` (one torch.Generator per image) draw the initial parameters, so that they do not depend on the image's neighbours in the batch.
-    """
-
-    def __init__(self, generators, dim, classes, hidden=256, layers=3, beta=10.0, kind="a2gnn", use_cos=True, use_edge=True):
-        super().__init__()
-        def xavier(i, widths):                                                           # padded with 0 to the widest image
-            draws = [(torch.rand(i, o, generator=g, device=g.device) * 2 - 1) * (6 / (i + o)) ** 0.5
-                     for o, g in zip(widths, generators, strict=True)]
-            return nn.Parameter(torch.stack([F.pad(d, (0, max(widths) - d.shape[1])) for d in draws]))
-        same = [hidden] * len(generators)
-        self.W0 = xavier(dim, same)                                                   # (B,D,hidden)
-        self.w = nn.Parameter(torch.stack([torch.rand(layers, generator=g, device=g.device) for g in generators]))   # w^l ~ U(0,1)
-        self.W = xavier(hidden, classes)                                                # W^{L+1}
-        self.kind, self.beta, self.layers, self.use_cos, self.use_edge = kind, beta, layers, use_cos, use_edge
-        if kind in ("gcn", "gat"):
-            self.Wl = nn.ParameterList(xavier(hidden, same) for _ in range(layers))
-        if kind == "gat":
-            self.al = nn.ParameterList(xavier(hidden, [2] * len(same)) for _ in range(layers))
-
-    def forward(self, x, edges, window, keep=None):
-        B, h, w, D = x.shape
-        H = F.relu(x.reshape(B, h * w, D) @ self.W0).view(B, h, w, -1)                   # Eq. (3.16)
-        H = H if keep is None else H * keep                                             # §3.4: dropout after the first layer
-        for i in range(self.layers):
-            if self.kind in ("gcn", "gat"):
-                H = (H.flatten(1, 2) @ self.Wl[i]).view(B, h, w, -1)
-            if self.kind == "gcn":
-                H = F.relu(gcn_layer(H, edges, window))
-            elif self.kind == "gat":
-                H = F.elu(gat_layer(H, edges, self.al[i], window))
-            else:
-                H = eq3_17_18_attention(H, edges, self.w[:, i], self.beta, window,
-                                        self.use_cos, self.use_edge and self.kind == "a2gnn")
-        return H, (H.flatten(1, 2) @ self.W).view(B, h, w, -1)                          # Eq. (3.19), softmax in the loss
+        narrow = torch.cat([F.elu(conv(t)) for conv, t in zip(self.narrow, taps)], dim=1)
+        return F.elu(self.fuse(narrow)).float(), torch.cat(taps, dim=1).float()
 
 
 class Window:
-    """The graph's neighbourhoods as dense tiles: an h x w grid is cut into tiles of t x t nodes, t = 2r (the queries); all nodes within
-    r of any of them lie in 2t x 2t nodes around the tile (the keys). A (2r+1)² window thus costs small dense products and never N x N.
-    r = 0 is the full graph: one tile, all nodes are keys. Nodes beyond the grid are zeros; who connects with whom is said by the edges.
+    """The graph's neighbourhoods as dense tiles: an h x w grid is cut into tiles of t x t nodes, t = 2r (the queries);
+    all nodes within r of any of them lie in 2t x 2t nodes around the tile (the keys). A (2r+1)² window thus costs small
+    dense products and never N x N. r = 0 is the full graph: one tile, all nodes are keys. Nodes beyond the grid are
+    zeros; who connects with whom is said by the edges.
     """
 
     def __init__(self, h, w, r):
@@ -375,7 +357,8 @@ class Window:
             return x.flatten(1, 2)[:, None]
         t = self.t
         x = F.pad(x, (0, 0, 0, self.tw * t - self.w, 0, self.th * t - self.h))
-        return x.unflatten(2, (self.tw, t)).unflatten(1, (self.th, t)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        x = x.unflatten(2, (self.tw, t)).unflatten(1, (self.th, t))                     # (B, th, t, tw, t, C)
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     def keys(self, x):
         """(B,h,w,C) -> (B,T,k,C)"""
@@ -383,7 +366,7 @@ class Window:
             return x.flatten(1, 2)[:, None]
         r, t, th, tw = self.r, self.t, self.th, self.tw
         x = F.pad(x, (0, 0, r, (tw + 1) * t - self.w - r, r, (th + 1) * t - self.h - r))
-        x = x.unflatten(2, (tw + 1, t)).unflatten(1, (th + 1, t)).transpose(2, 3)                # (B, th+1, tw+1, t, t, C)
+        x = x.unflatten(2, (tw + 1, t)).unflatten(1, (th + 1, t)).transpose(2, 3)  # (B, th+1, tw+1, t, t, C)
         near = [x[:, a:a + th, b:b + tw].flatten(3, 4) for a in (0, 1) for b in (0, 1)]
         return torch.cat(near, dim=3).flatten(1, 2)
 
@@ -391,18 +374,109 @@ class Window:
         """(B,T,q,C) -> (B,h,w,C), the inverse of queries"""
         if self.r == 0:
             return y[:, 0].unflatten(1, (self.h, self.w))
-        y = y.unflatten(2, (self.t, self.t)).unflatten(1, (self.th, self.tw)).transpose(2, 3)      # (B, th, t, tw, t, C)
+        y = y.unflatten(2, (self.t, self.t)).unflatten(1, (self.th, self.tw)).transpose(2, 3)
         return y.flatten(3, 4).flatten(1, 2)[:, :self.h, :self.w]
 
 
-def resample(x, size):
-    """Bilinear (B,C,h,w) -> (B,C,*size)."""
-    return x if x.shape[-2:] == tuple(size) else F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+class A2GNN(nn.Module):
+    """B affinity attention networks side by side (Eqs. 3.16–3.19), one per image, each with its own parameters.
+
+    forward(x (B,h,w,D), edges (B,T,q,k), window, keep (B,h,w,hidden) dropout factors or None)
+    ->  H^{L+1} (B,h,w,hidden), logits (B,h,w,C).
+    generators: one torch.Generator per image draws its initial parameters, whatever its neighbours in the batch;
+    classes: number of output classes of each image, C is the largest.
+    """
+
+    def __init__(self, generators, dim, classes, hidden, layers, beta, kind="a2gnn", use_cos=True, use_edge=True):
+        super().__init__()
+        self.kind, self.beta, self.layers = kind, beta, layers
+        self.use_cos, self.use_edge = use_cos, use_edge and kind == "a2gnn"
+
+        def xavier(rows, widths):  # padded with 0 to the widest
+            draws = [(2 * torch.rand(rows, n, generator=g, device=g.device) - 1) * (6 / (rows + n)) ** 0.5
+                     for n, g in zip(widths, generators)]
+            return nn.Parameter(torch.stack([F.pad(d, (0, max(widths) - d.shape[1])) for d in draws]))
+
+        same = [hidden] * len(generators)
+        self.W0 = xavier(dim, same)                                                     # (B,D,hidden)
+        w = [torch.rand(layers, generator=g, device=g.device) for g in generators]
+        self.w = nn.Parameter(torch.stack(w))  # w^l ~ U(0,1), as the authors'
+        self.W = xavier(hidden, classes)                                                # W^{L+1}
+        if kind in ("gcn", "gat"):
+            self.Wl = nn.ParameterList(xavier(hidden, same) for _ in range(layers))
+        if kind == "gat":
+            self.al = nn.ParameterList(xavier(hidden, [2] * len(same)) for _ in range(layers))
+
+    def forward(self, x, edges, window, keep=None):
+        H = F.relu(x.flatten(1, 2) @ self.W0).unflatten(1, x.shape[1:3])                # Eq. (3.16)
+        H = H if keep is None else H * keep  # §3.4: dropout after layer 1
+        for i in range(self.layers):
+            if self.kind in ("gcn", "gat"):
+                H = (H.flatten(1, 2) @ self.Wl[i]).unflatten(1, x.shape[1:3])
+            if self.kind == "gcn":
+                H = F.relu(gcn_layer(H, edges, window))
+            elif self.kind == "gat":
+                H = F.elu(gat_layer(H, edges, self.al[i], window))
+            else:
+                H = eq3_17_18_attention(H, edges, self.w[:, i], self.beta, window, self.use_cos, self.use_edge)
+        return H, (H.flatten(1, 2) @ self.W).unflatten(1, x.shape[1:3])  # Eq. (3.19), softmax in the loss
+
+
+# ── SEAM (§3.2) ─────────────────────────────────────────────────────────────────────────────────────────────
+def minmax(cam):
+    """Negative scores to 0, then each map to [0,1]; a flat map becomes 0.   (…,h,w)"""
+    cam = F.relu(cam)
+    low, high = cam.amin((-2, -1), keepdim=True), cam.amax((-2, -1), keepdim=True)
+    return F.relu(cam - low - 1e-5) / (high - low + 1e-5)
+
+
+def pixel_correlation(cam, feature):
+    """Pixel-correlation module: each pixel's class scores become the mean over all pixels, weighted by the positive part
+    of the cosine of their features. Only each pixel's best class speaks.
+
+    cam (B,K,h,w) without gradient, feature (B,192,h,w) -> (B,K,h,w)
+    """
+    cam = F.relu(cam)
+    cam = cam / (cam.amax((-2, -1), keepdim=True) + 1e-5)
+    cam = cam * (cam == cam.amax(1, keepdim=True))
+    f = F.normalize(feature.flatten(2), dim=1)
+    similar = F.relu(f.transpose(1, 2) @ f)                                             # (B,N,N)
+    similar = similar / (similar.sum(1, keepdim=True) + 1e-5)
+    return (cam.flatten(2) @ similar).view_as(cam)
+
+
+def seam_loss(full, small, tags, ecr_top):
+    """L_cls, L_ER, L_ECR.   full, small: (cam, refined) at scale 1 and er_scale; tags (B,K) float
+
+    L_ER: L1 between the CAMs of both scales. L_ECR: L1 between each scale's refined CAM and the other scale's plain one,
+    counting its largest 20 % only.
+    """
+    (cam1, refined1), (cam2, refined2) = full, small
+    loss_cls = sum(F.multilabel_soft_margin_loss(cam.mean((2, 3)), tags) for cam in (cam1, cam2)) / 2
+    here, size = tags[:, :, None, None], cam2.shape[-2:]
+    cam1, refined1 = resample(minmax(cam1), size) * here, resample(minmax(refined1), size) * here
+    cam2, refined2 = minmax(cam2) * here, minmax(refined2) * here
+    loss_er = (cam1 - cam2).abs().mean()
+    loss_ecr = (hardest(best_only(cam2.detach()) - refined1, ecr_top)
+                + hardest(best_only(cam1.detach()) - refined2, ecr_top))
+    return loss_cls, loss_er, loss_ecr
+
+
+def best_only(cam):
+    """Each pixel's best class keeps its score unless background, 1 − max, is larger; all others become 0."""
+    best = cam.amax(1, keepdim=True)
+    return cam * (cam == best) * (best >= 0.5)
+
+
+def hardest(difference, share):
+    """Mean of the largest `share` of |difference| in each image.   (B,K,h,w) -> scalar"""
+    difference = difference.abs().flatten(1)
+    return difference.topk(max(1, int(share * difference.shape[1])), dim=1).values.mean()
 
 
 def lerp_matrix(pixels, nodes, stride, shape, device, scale=1.0):
-    """Bilinear weights that enlarge one axis. Feature cell i lies at pixel stride·i of the image that the network saw, which
-    was `scale` times the original [D13]; beyond the first and last cell their values are repeated.
+    """Bilinear weights that enlarge one axis. Feature cell i lies at pixel stride·i of the image that the network saw,
+    which was `scale` times the original [D13]; beyond the first and the last cell their values are repeated.
 
     pixels, nodes: the image's own numbers; shape: (rows, columns) of the padded matrix, at least these -> float32
     """
@@ -417,141 +491,99 @@ def lerp_matrix(pixels, nodes, stride, shape, device, scale=1.0):
 
 def enlarge(x, rows, columns):
     """Node maps to pixel maps by two products.   x (B,C,h,w), rows (B,H,h), columns (B,W,w) -> (B,C,H,W)"""
-    B, C, h, w = x.shape
-    x = (x.reshape(B, C * h, w) @ columns.transpose(1, 2)).view(B, C, h, -1)
-    return (rows[:, None] @ x)
+    x = (x.flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, x.shape[1:3])
+    return rows[:, None] @ x
 
 
 def cells_to_pixels(x, stride, size, scale=1.0):
     """Feature maps (B,C,h,w) of an image seen at `scale` -> (B,C,*size) at its original size.   [D13]"""
     rows, columns = (lerp_matrix(n, cells, stride, (n, cells), x.device, scale)
-                     for n, cells in zip(size, x.shape[-2:], strict=True))
+                     for n, cells in zip(size, x.shape[-2:]))
     return enlarge(x, rows[None], columns[None])
-
-
-# ── SEAM (§3.2) ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def minmax(cam):
-    """Negative scores to 0, then each map to [0,1]; a flat map becomes 0.   (…,h,w)"""
-    cam = F.relu(cam)
-    low, high = cam.amin((-2, -1), keepdim=True), cam.amax((-2, -1), keepdim=True)
-    return F.relu(cam - low - 1e-5) / (high - low + 1e-5)
-
-
-def pixel_correlation(cam, feature):
-    """Pixel-correlation module: each pixel's class scores become the mean over all pixels, weighted by the positive part of the cosine of
-    their features. cam (B,K,h,w) without gradient; only each pixel's best class speaks. feature (B,192,h,w) -> (B,K,h,w)."""
-    cam = F.relu(cam)
-    cam = cam / (cam.amax((-2, -1), keepdim=True) + 1e-5)
-    cam = cam * (cam == cam.amax(1, keepdim=True))
-    f = F.normalize(feature.flatten(2), dim=1)
-    similar = F.relu(f.transpose(1, 2) @ f)                                              # (B,N,N)
-    similar = similar / (similar.sum(1, keepdim=True) + 1e-5)
-    return (cam.flatten(2) @ similar).view_as(cam)
-
-
-def seam_loss(full, small, tags, ecr_top):
-    """L_cls + L_ER + L_ECR.  full, small: (cam, refined) at scale 1 and er_scale; tags (B,K) float.
-
-    L_ER: L1 between the CAMs of both scales.  L_ECR: L1 between each scale's refined CAM and the other scale's plain one, its largest 20 % only.
-    """
-    (cam1, refined1), (cam2, refined2) = full, small
-    loss_cls = sum(F.multilabel_soft_margin_loss(cam.mean((2, 3)), tags) for cam in (cam1, cam2)) / 2
-    here = tags[:, :, None, None]
-    size = cam2.shape[-2:]
-    cam1, refined1 = resample(minmax(cam1), size) * here, resample(minmax(refined1), size) * here
-    cam2, refined2 = minmax(cam2) * here, minmax(refined2) * here
-    loss_er = (cam1 - cam2).abs().mean()
-    loss_ecr = (hardest(best_only(cam2.detach()) - refined1, ecr_top) + hardest(best_only(cam1.detach()) - refined2, ecr_top))
-    return loss_cls, loss_er, loss_ecr
-
-
-def best_only(cam):
-    """Background score 1 − max put first, then only each pixel's best class keeps its score; background is dropped again."""
-    background = 1 - cam.amax(1, keepdim=True)
-    return cam * (cam == cam.amax(1, keepdim=True)) * (cam >= background)
-
-
-def hardest(difference, share):
-    """Mean of the largest `share` of |difference| in each image.   (B,K,h,w) -> scalar"""
-    difference = difference.abs().flatten(1)
-    return difference.topk(max(1, int(share * difference.shape[1])), dim=1).values.mean()
 
 
 @torch.no_grad()
 def multi_scale_cam(net, image, tags, scales, stride, device):
-    """Refined CAM summed over scales and mirror images.   image (H,W,3) uint8, tags (K,) bool -> (K,H,W) float32 in [0,1], absent classes 0"""
+    """Refined CAM summed over scales and mirror images, then each map to [0,1].
+
+    image (H,W,3) uint8, tags (K,) bool -> (K,H,W) float32, absent classes 0
+    """
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
     total = 0
     for scale in scales:
         scaled = resample(x, [max(32, round(n * scale)) for n in image.shape[:2]])
-        cam = cells_to_pixels(net(torch.cat([scaled, scaled.flip(-1)]))[0][1][:, tags], stride, image.shape[:2], scale)
+        refined = net(torch.cat([scaled, scaled.flip(-1)]))[0][1][:, tags]
+        cam = cells_to_pixels(refined, stride, image.shape[:2], scale)
         total = total + F.relu(cam[0] + cam[1].flip(-1))
     full = np.zeros((len(tags), *image.shape[:2]), np.float32)
     full[tags] = minmax(total).cpu().numpy()
     return full
 
 
-# ── Seeds (§3.2, §3.3.2): arrays in, arrays out ──────────────────────────────────────────────────────────────────────
+# ── Seeds (§3.2, §3.3.2): arrays in, arrays out ─────────────────────────────────────────────────────────────
 def with_background(cam, exponent):
     """(K,H,W) in [0,1] -> (K+1,H,W): background score (1 − max)^exponent first."""
     return np.concatenate([(1 - cam.max(0, keepdims=True)) ** exponent, cam])
 
 
 def eq3_1_cam_labels(crf_low, crf_high):
-    """Eq. (3.1): M_I. Foreground where it wins against the large background, background where it wins against the small one, else 255.
+    """Eq. (3.1): M_I. Foreground where it wins against the large background, background where it wins against the small
+    one, else 255.
 
-    crf_low, crf_high (K+1,H,W): CRF probabilities of the CAM with background exponents bg_low and bg_high -> (H,W) uint8
+    crf_low, crf_high (K+1,H,W): CRF probabilities of the CAM with exponents bg_low and bg_high -> (H,W) uint8
     """
     low, high = crf_low.argmax(0), crf_high.argmax(0)
     return np.where(low > 0, low, np.where(high == 0, 0, 255)).astype(np.uint8)
 
 
-def confident_cam_labels(label, cam, crf_low, crf_high, bg_exponent, share, fg, bg, crf_prob):
-    """§3.3.2: M'_I, the top `share` of each class. Keeps a pixel of M_I if the CRF is sure of it and the CAM ranks it among the best."""
+def confident_cam_labels(M_I, cam, crf_low, crf_high, bg_exponent, share, fg, bg, crf_prob):
+    """§3.3.2: M'_I keeps a pixel of M_I where the CRF is sure of it and the CAM ranks it in its class's top `share`
+    (background: scores it above `bg`).   -> (H,W) uint8"""
     scores = with_background(cam, bg_exponent)
     winner = scores.argmax(0)
-    sure = np.zeros(label.shape, bool)
-    for c in np.unique(label[(label > 0) & (label < 255)]):
-        candidates = (winner == c) & (scores[c] > fg)
-        if candidates.any():
-            threshold = np.quantile(scores[c][candidates], 1 - share)
-            sure |= (label == c) & candidates & (scores[c] > threshold) & (crf_low[c] >= crf_prob)
-    sure |= (label == 0) & (scores[0] > bg) & (crf_high[0] >= crf_prob)
-    return np.where(sure, label, 255).astype(np.uint8)
+    sure = (M_I == 0) & (scores[0] > bg) & (crf_high[0] >= crf_prob)
+    for c in np.unique(M_I[(M_I > 0) & (M_I < 255)]):
+        ranked = (winner == c) & (scores[c] > fg)
+        if ranked.any():
+            threshold = np.quantile(scores[c][ranked], 1 - share)
+            sure |= (M_I == c) & ranked & (scores[c] > threshold) & (crf_low[c] >= crf_prob)
+    return np.where(sure, M_I, 255).astype(np.uint8)
 
 
 def pixel_box(box, H, W):
-    """[c, x0, y0, x1, y1] floats -> class, slice of rows, slice of columns; at least one pixel."""
+    """[c, x0, y0, x1, y1] floats -> class, slice of rows, slice of columns inside the image; at least one pixel."""
     c, x0, y0, x1, y1 = box
-    x0, y0 = min(int(np.floor(x0)), W - 1), min(int(np.floor(y0)), H - 1)
-    return int(c), slice(max(y0, 0), max(int(np.ceil(y1)), y0 + 1)), slice(max(x0, 0), max(int(np.ceil(x1)), x0 + 1))
+    x0, y0 = max(0, min(int(np.floor(x0)), W - 1)), max(0, min(int(np.floor(y0)), H - 1))
+    x1, y1 = min(W, max(int(np.ceil(x1)), x0 + 1)), min(H, max(int(np.ceil(y1)), y0 + 1))
+    return int(c), slice(y0, y1), slice(x0, x1)
 
 
 def eq3_2_grabcut(image, box, steps, minimum):
     """Eq. (3.2): the pixels that GrabCut calls foreground inside one box.   image (H,W,3) uint8 -> (H,W) bool
 
-    Whole box where GrabCut finds next to nothing (IoU with the box below `minimum`) or has no background to learn from.
+    The whole box where GrabCut finds next to nothing (IoU with the box below `minimum`), has no background to learn
+    from, or has fewer than 16 pixels to learn from.
     """
     import cv2
 
-    H, W = image.shape[:2]
-    _, rows, columns = pixel_box(box, H, W)
-    inside = np.zeros((H, W), bool)
+    inside = np.zeros(image.shape[:2], bool)
+    _, rows, columns = pixel_box(box, *inside.shape)
     inside[rows, columns] = True
     if inside.all() or inside.sum() < 16:
         return inside
     state = np.where(inside, cv2.GC_PR_FGD, cv2.GC_BGD).astype(np.uint8)
     cv2.setRNGSeed(0)
-    model = np.zeros((1, 65)), np.zeros((1, 65))
-    cv2.grabCut(np.ascontiguousarray(image[..., ::-1]), state, None, *model, steps, cv2.GC_INIT_WITH_MASK)
+    colours = np.zeros((1, 65)), np.zeros((1, 65))  # its two mixture models
+    cv2.grabCut(np.ascontiguousarray(image[..., ::-1]), state, None, *colours, steps, cv2.GC_INIT_WITH_MASK)
     found = ((state == cv2.GC_FGD) | (state == cv2.GC_PR_FGD)) & inside
     return found if found.sum() >= minimum * inside.sum() else inside
 
 
 def eq3_3_box_labels(boxes, masks, H, W):
-    """Eq. (3.3): M_B and the owner of each pixel. Background outside all boxes, GrabCut's pixels inside, 255 where GrabCut says no.
+    """Eq. (3.3): M_B, background outside all boxes, GrabCut's pixels inside, 255 where GrabCut says no.
 
-    boxes (M,5), masks list of (H,W) bool -> M_B (H,W) uint8, owner (H,W) int (index of the box, -1 = none). The smaller mask wins.
+    boxes (M,5), masks list of (H,W) bool -> M_B (H,W) uint8, owner (H,W) int (index of the box, -1 = none).
+    The smaller mask wins where masks overlap.
     """
     M_B, owner = np.zeros((H, W), np.uint8), np.full((H, W), -1)
     for box in boxes:
@@ -563,13 +595,12 @@ def eq3_3_box_labels(boxes, masks, H, W):
 
 
 def eq3_4_fuse(M_I, M_B, owner, boxes):
-    """Eq. (3.4): M_F, and where it was decided by the boxes alone (rows 1 and 3).   -> (H,W) uint8, (H,W) bool"""
-    H, W = M_I.shape
-    inside, alone = np.zeros((H, W), bool), np.zeros((H, W), bool)
+    """Eq. (3.4): M_F, and where the boxes alone decided it (rows 1 and 3).   -> (H,W) uint8, (H,W) bool"""
+    inside, alone = np.zeros(M_I.shape, bool), np.zeros(M_I.shape, bool)
     for k, box in enumerate(boxes):
-        c, rows, columns = pixel_box(box, H, W)
+        c, rows, columns = pixel_box(box, *M_I.shape)
         inside[rows, columns] = True
-        if not (M_I[rows, columns] == c).any():                                          # L_Bk ∉ S(M_{I−Bk})
+        if not (M_I[rows, columns] == c).any():                                         # L_Bk ∉ S(M_{I−Bk})
             alone |= owner == k
     M_F = np.where(M_I == M_B, M_I, 255)                                                # row 2
     M_F = np.where(alone | ~inside, M_B, M_F)                                           # rows 3 and 1
@@ -577,34 +608,35 @@ def eq3_4_fuse(M_I, M_B, owner, boxes):
 
 
 def eq3_5_confident(M_F, M_I_confident, by_boxes):
-    """Eq. (3.5): M_g = M_F where it equals M'_I, or where the boxes alone decided it.  [D3] (H,W) uint8"""
+    """Eq. (3.5): M_g = M_F where it equals M'_I, or where the boxes alone decided it.   [D3] (H,W) uint8"""
     return np.where(by_boxes | (M_F == M_I_confident), M_F, 255).astype(np.uint8)
 
 
-# ── Affinity CNN (§3.3.3): pairs and losses ──────────────────────────────────────────────────────────────────────────
+# ── Affinity CNN (§3.3.3): pairs and losses ─────────────────────────────────────────────────────────────────
 def window_offsets(radius):
-    """Eq. (3.11): half of the (dy,dx) with ‖(dy,dx)‖₂ ≤ r; each unordered pair of pixels once, borders left out by `shifted`."""
-    span = range(-radius, radius + 1)
-    return [(dy, dx) for dy in range(radius + 1) for dx in span if (dy > 0 or dx > 0) and dy * dy + dx * dx <= radius * radius]
+    """Eq. (3.11): half of the (dy,dx) with ‖(dy,dx)‖₂ ≤ r, so that each pair of pixels comes once."""
+    return [(dy, dx) for dy in range(radius + 1) for dx in range(-radius, radius + 1)
+            if (dy > 0 or dx > 0) and dy * dy + dx * dx <= radius * radius]
 
 
 def shifted(x, dy, dx):
-    """The two ends of all pairs (i, i + (dy,dx)) inside the map, dy ≥ 0.   (B,h,w,…) -> two views of equal shape"""
+    """Both ends of all pairs (i, i + (dy,dx)) inside the map, dy ≥ 0.   (B,h,w,…) -> two views of equal shape"""
     h, w = x.shape[1:3]
-    return (x[:, :h - dy, max(0, -dx):w - max(0, dx)], x[:, dy:, max(0, dx):w - max(0, -dx)])
+    return x[:, :h - dy, max(0, -dx):w - max(0, dx)], x[:, dy:, max(0, dx):w - max(0, -dx)]
 
 
 class PairDistance(torch.autograd.Function):
-    """‖F_A(i) − F_A(j)‖₁ / d_A of all pairs, offset by offset: memory stays that of one offset, forward and backward.
+    """‖F_A(i) − F_A(j)‖₁ / d_A of all pairs, offset by offset: memory stays that of one offset, also backward.
 
-    feature (B,h,w,C) contiguous -> (B, P) with P pairs in the order of `offsets`
+    feature (B,h,w,C) contiguous, offsets -> (B,P), the P pairs in the order of the offsets
     """
 
     @staticmethod
     def forward(ctx, feature, offsets):
         ctx.save_for_backward(feature)
         ctx.offsets = offsets
-        return torch.cat([(a - b).abs_().mean(-1).flatten(1) for a, b in (shifted(feature, *o) for o in offsets)], dim=1)
+        ends = (shifted(feature, *offset) for offset in offsets)
+        return torch.cat([(a - b).abs_().mean(-1).flatten(1) for a, b in ends], dim=1)
 
     @staticmethod
     def backward(ctx, grad):
@@ -613,7 +645,7 @@ class PairDistance(torch.autograd.Function):
         for offset in ctx.offsets:
             a, b = shifted(feature, *offset)
             n = a.shape[1] * a.shape[2]
-            g = grad[:, start:start + n].view(len(a), a.shape[1], a.shape[2], 1) / feature.shape[-1]
+            g = grad[:, start:start + n].reshape(*a.shape[:3], 1) / feature.shape[-1]
             step = (a - b).sign_().mul_(g)
             out_a, out_b = shifted(out, *offset)
             out_a += step
@@ -627,12 +659,14 @@ def eq3_8_affinity(distance):
     return torch.exp(-distance)
 
 
-def eq3_6_7_pair_labels(seed, offsets):
-    """Eqs. (3.6), (3.7): L_A = 1 same label, 0 different, 255 where an end is unknown.   seed (B,h,w) -> (B,P) each: L_A, label of i"""
-    pairs = [(a.flatten(1), b.flatten(1)) for a, b in (shifted(seed, *o) for o in offsets)]
-    a, b = (torch.cat(side, dim=1) for side in zip(*pairs, strict=True))
-    label = torch.where((a == 255) | (b == 255), 255, (a == b).long())
-    return label, a
+def eq3_6_7_pair_labels(M_g, offsets):
+    """Eqs. (3.6), (3.7): L_A = 1 same label, 0 different, 255 where an end is unknown.
+
+    M_g (B,h,w), down-sampled -> L_A (B,P), the label of each pair's first end (B,P)
+    """
+    ends = [[end.flatten(1) for end in shifted(M_g, *offset)] for offset in offsets]
+    a, b = (torch.cat(side, dim=1) for side in zip(*ends))
+    return torch.where((a == 255) | (b == 255), 255, (a == b).long()), a
 
 
 def masked_mean(value, mask):
@@ -641,33 +675,37 @@ def masked_mean(value, mask):
     return (value * mask).sum() / count.clamp_min(1 / world())
 
 
-def eq3_10_affinity_loss(distance, label, first, split):
-    """Eq. (3.10): −mean log D over A⁺ − mean log(1 − D) over A⁻.   distance, label, first (B,P)   [D6] split: the authors' balance"""
-    positive = distance                                                                 # −log D
-    negative = -torch.log(-torch.expm1(-distance.clamp_min(1e-5)))                      # −log(1 − D); the clamp keeps it finite at D = 1
-    differ = masked_mean(negative, label == 0)
+def eq3_10_affinity_loss(distance, L_A, first, split=False):
+    """Eq. (3.10): −mean log D over A⁺ − mean log(1 − D) over A⁻.   all (B,P); [D6] split: the authors' balance"""
+    near = distance                                                                     # −log D
+    far = -torch.log(-torch.expm1(-distance.clamp_min(1e-5)))  # −log(1 − D), finite at D = 1
     if split:
-        same = masked_mean(positive, (label == 1) & (first == 0)) + masked_mean(positive, (label == 1) & (first > 0))
-        return same / 4 + differ / 2
-    return masked_mean(positive, label == 1) + differ
+        same = masked_mean(near, (L_A == 1) & (first == 0)) + masked_mean(near, (L_A == 1) & (first > 0))
+        return same / 4 + masked_mean(far, L_A == 0) / 2
+    return masked_mean(near, L_A == 1) + masked_mean(far, L_A == 0)
 
 
-def eq3_13_gaussian(delta_xy, delta_rgb, sigma_xy, sigma_rgb):
-    """Eq. (3.13): exp(−‖ΔPos‖²/2σ_xy² − ‖ΔCor‖²/2σ_rgb²) from squared distances; [i ≠ j] is the caller's mask."""
-    return torch.exp(-delta_xy / (2 * sigma_xy**2) - delta_rgb / (2 * sigma_rgb**2))
+def eq3_13_gaussian(squared_xy, squared_rgb, sigma_xy, sigma_rgb):
+    """Eq. (3.13): exp(−‖ΔPos‖²/2σ_xy² − ‖ΔCor‖²/2σ_rgb²); the indicator [i ≠ j] is the caller's."""
+    return torch.exp(-squared_xy / (2 * sigma_xy**2) - squared_rgb / (2 * sigma_rgb**2))
 
 
 def eq3_12_affinity_regularised(distance, colour, offsets, sigma_xy, sigma_rgb):
-    """Eq. (3.12): mean over all pairs of G(i,j) ‖F_A(i) − F_A(j)‖₁ / d_A.  [D5] distance (B,P), colour (B,h,w,3) on the grid"""
-    weight = []
+    """Eq. (3.12): mean over all pairs of G(i,j) ‖F_A(i) − F_A(j)‖₁ / d_A.   [D5] distance (B,P), colour (B,h,w,3)"""
+    G = []
     for dy, dx in offsets:
         a, b = shifted(colour, dy, dx)
         rgb = (a - b).pow(2).sum(-1).flatten(1)
-        weight.append(eq3_13_gaussian(torch.full_like(rgb, dy * dy + dx * dx), rgb, sigma_xy, sigma_rgb))
-    return (torch.cat(weight, dim=1) * distance).mean()
+        G.append(eq3_13_gaussian(torch.full_like(rgb, dy * dy + dx * dx), rgb, sigma_xy, sigma_rgb))
+    return (torch.cat(G, dim=1) * distance).mean()
 
 
-# ── Graph (§3.3.3 "Convert Image to Graph") ──────────────────────────────────────────────────────────────────────────
+def cell_colours(image, stride):
+    """Colour around each feature cell: mean over an odd window centred on pixel stride·i.   (B,3,H,W) -> (B,3,h,w)"""
+    return F.avg_pool2d(image, stride + 1, stride, stride // 2, count_include_pad=False)
+
+
+# ── Graph (§3.3.3 "Convert Image to Graph") ─────────────────────────────────────────────────────────────────
 def eq3_14_edges(distance, connected, sigma):
     """Eq. (3.14): E = D where D > σ, else 0; nodes outside S(i) get 0.   distance, connected (…,q,k)"""
     D = eq3_8_affinity(distance)
@@ -675,43 +713,46 @@ def eq3_14_edges(distance, connected, sigma):
 
 
 def eq3_15_node_features(x):
-    """Eq. (3.15): each node's feature divided by its sum.   (…,D); features are ≥ 0 after ReLU"""
+    """Eq. (3.15): each node's feature divided by its sum.   (…,D), non-negative after ReLU"""
     return x / x.sum(-1, keepdim=True).clamp_min(1e-6)
 
 
 @torch.no_grad()
 def image_to_graph(net, image, stride, nodes, edges, device):
     """One image as nodes (Fig. 3.3), not yet joined by edges.   image (H,W,3) uint8 -> namespace of
-    x (h,w,D) node features · f (h,w,d) features that D compares · colour (h,w,3) · place (h,w,2) grid position · adjacent (N,N) or None ·
-    pixels: (rows (H,h), columns (W,w)) or an index map (H,W) for superpixels."""
-    x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
-    F_A, X = net(x)
-    colour = F.avg_pool2d(x, stride + 1, stride, stride // 2, count_include_pad=False)    # centred on the cells, like the convolutions
+    x (h,w,D) node features · f (h,w,d) features that D compares · colour (h,w,3) · place (h,w,2) position on the grid ·
+    valid (h,w,1) · adjacent (N,N) or None · pixels: (rows, columns) of `enlarge`, or for superpixels an index (H,W).
+    """
+    image_t = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
+    F_A, X = net(image_t)
     (h, w), (H, W) = F_A.shape[-2:], image.shape[:2]
-    grid = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), dim=-1).float().to(device)
+    place = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")).float().to(device)[None]
     rows, columns = lerp_matrix(H, h, stride, (H, h), device), lerp_matrix(W, w, stride, (W, w), device)
-    f = F_A if edges == "affinity" else X
+    maps = dict(x=X, f=F_A if edges == "affinity" else X, colour=cell_colours(image_t, stride), place=place)
     if nodes == "pixel":
-        to_last = (t[0].permute(1, 2, 0).contiguous() for t in (X, f, colour))
-        x, f, colour = to_last
-        return SimpleNamespace(x=eq3_15_node_features(x), f=f, colour=colour, place=grid, valid=torch.ones_like(grid[..., :1]),
-                               adjacent=None, pixels=(rows, columns), size=(H, W))
-    index, adjacent = superpixels(image, h * w)
-    index = torch.as_tensor(index, device=device)
-    count = torch.bincount(index.flatten())[:, None]
-    def pool(t):                                                                         # (1,C,h,w) -> (1,N,C), mean over each superpixel
-        pixels = enlarge(t, rows[None], columns[None])[0].flatten(1).T
-        return (torch.zeros(len(count), pixels.shape[1], device=device).index_add_(0, index.flatten(), pixels) / count)[None]
-    place = pool(grid.permute(2, 0, 1)[None])
-    return SimpleNamespace(x=eq3_15_node_features(pool(X)), f=pool(f), colour=pool(colour), place=place, valid=torch.ones_like(place[..., :1]),
-                           adjacent=torch.as_tensor(adjacent, device=device), pixels=index, size=(H, W))
+        maps = {key: t[0].permute(1, 2, 0).contiguous() for key, t in maps.items()}
+        pixels, adjacent = (rows, columns), None
+    else:
+        index, adjacent = superpixels(image, h * w)
+        pixels, adjacent = torch.as_tensor(index, device=device), torch.as_tensor(adjacent, device=device)
+        at_pixels = {key: enlarge(t, rows[None], columns[None])[0].flatten(1).T for key, t in maps.items()}
+        maps = {key: mean_by_index(t, pixels.flatten(), len(adjacent))[None] for key, t in at_pixels.items()}
+    maps["x"], valid = eq3_15_node_features(maps["x"]), torch.ones_like(maps["place"][..., :1])
+    return SimpleNamespace(**maps, valid=valid, adjacent=adjacent, pixels=pixels, size=(H, W))
+
+
+def mean_by_index(values, index, n):
+    """(P,C), (P,) in 0…n−1 -> (n,C): mean of the values of each index."""
+    total = torch.zeros(n, values.shape[1], device=values.device).index_add_(0, index, values)
+    return total / torch.bincount(index, minlength=n)[:, None]
 
 
 def superpixels(image, number):
-    """SLIC (scikit-image) as GraphNet's nodes (Table 3.6).   -> index (H,W) int64 from 0, adjacency (N,N) bool with self"""
+    """SLIC (scikit-image) as GraphNet's nodes (Table 3.6).   -> index (H,W) from 0, adjacency (N,N) bool with self"""
     from skimage.segmentation import slic
 
-    index = np.unique(slic(image, n_segments=number, compactness=10, start_label=0), return_inverse=True)[1].reshape(image.shape[:2])
+    index = slic(image, n_segments=number, compactness=10, start_label=0)
+    index = np.unique(index, return_inverse=True)[1].reshape(image.shape[:2])
     adjacent = np.eye(index.max() + 1, dtype=bool)
     for a, b in ((index[1:], index[:-1]), (index[:, 1:], index[:, :-1])):
         adjacent[a, b] = adjacent[b, a] = True
@@ -719,51 +760,56 @@ def superpixels(image, number):
 
 
 class Pairs:
-    """All pairs of nodes of B graphs, padded to a common grid, that are at most `radius` apart (superpixels: that touch), as tiles.
+    """All pairs of nodes of B graphs on a common, padded grid that are connected, as tiles of a Window.
 
-    window · near (B,T,q,k) bool · squared distances of grid place and colour · distance(): Eq. (3.8)'s exponent on the features f
+    near (B,T,q,k) bool: at most `radius` apart (square window, or Euclidean), superpixels: touching; radius 0: all
+    place (B,T,q,k): squared distance on the grid
     """
 
     def __init__(self, graphs, radius, euclidean=False):
         self.graphs, superpixel = graphs, graphs[0].adjacent is not None
         h, w = (max(g.x.shape[i] for g in graphs) for i in (0, 1))
         self.window = Window(h, w, 0 if superpixel else radius)
-        place, self.colour, valid = self.padded("place"), self.padded("colour"), self.padded("valid")
-        dy, dx = (self.apart(place[..., i:i + 1]) for i in (0, 1))
+        valid, place = self.padded("valid"), self.padded("place")
+        dy, dx = self.apart(place[..., :1]), self.apart(place[..., 1:])
         self.place = dy * dy + dx * dx
         self.near = (self.window.queries(valid) > 0) & (self.window.keys(valid).transpose(-1, -2) > 0)
         if superpixel:
-            fit = lambda a: F.pad(a, (0, w - len(a), 0, w - len(a)))
-            self.near &= torch.stack([fit(g.adjacent) for g in graphs])[:, None]
+            touching = [F.pad(g.adjacent, (0, w - len(g.adjacent), 0, w - len(g.adjacent))) for g in graphs]
+            self.near &= torch.stack(touching)[:, None]
         elif radius > 0:
-            self.near &= self.place <= radius**2 if euclidean else torch.maximum(dy.abs(), dx.abs()) <= radius
+            self.near &= (self.place <= radius**2) if euclidean else (torch.maximum(dy.abs(), dx.abs()) <= radius)
 
     def padded(self, key):
+        """(B,h,w,C) of one attribute of the graphs, 0 beyond each graph's own grid."""
         h, w = self.window.h, self.window.w
-        return torch.stack([F.pad(t, (0, 0, 0, w - t.shape[1], 0, h - t.shape[0])) for t in (getattr(g, key) for g in self.graphs)])
+        maps = (getattr(g, key) for g in self.graphs)
+        return torch.stack([F.pad(t, (0, 0, 0, w - t.shape[1], 0, h - t.shape[0])) for t in maps])
 
     def apart(self, t):
-        return self.window.queries(t) - self.window.keys(t).transpose(-1, -2)                    # (B,T,q,k), t has one channel
+        """(B,h,w,1) -> differences (B,T,q,k)."""
+        return self.window.queries(t) - self.window.keys(t).transpose(-1, -2)
 
     def squared_colour(self):
-        return sum(self.apart(self.colour[..., i:i + 1]) ** 2 for i in range(3))
+        return sum(self.apart(channel) ** 2 for channel in self.padded("colour").split(1, dim=-1))
 
     def distance(self):
+        """Eq. (3.8)'s exponent between the features f, (B,T,q,k)."""
         f = self.padded("f")
         return torch.cdist(self.window.queries(f), self.window.keys(f), p=1.0) / f.shape[-1]
 
 
 def random_walk(score, affinity, window, steps):
-    """Table 3.4's RW: scores (B,h,w,C) move `steps` times along the row-normalised affinities (B,T,q,k), 0 between unconnected nodes."""
+    """Table 3.4's RW: scores (B,h,w,C) go `steps` times along the row-normalised affinities (B,T,q,k)."""
     transition = affinity / affinity.sum(-1, keepdim=True).clamp_min(1e-12)
     for _ in range(steps):
         score = window.fold(transition @ window.keys(score))
     return score
 
 
-# ── A²GNN (§3.3.4, §3.3.5): layer and losses. All losses return one value per image (B,), since each image has its own network ───────
+# ── A²GNN (§3.3.4, §3.3.5): one value per image from each loss, (B,), since each image has its own network ──
 def eq3_17_18_attention(H, E, w, beta, window, use_cos=True, use_edge=True):
-    """Eqs. (3.17), (3.18): H^{l+1} = P H^l,  P(i,j) = softmax_{j∈S(i)} ( w cos(H_i,H_j) + β [cos(H_i,H_j) > 0] E_ij ).
+    """Eqs. (3.17), (3.18): H^{l+1} = P H^l, P(i,j) = softmax_{j∈S(i)} ( w cos(H_i,H_j) + β [cos(H_i,H_j) > 0] E_ij ).
 
     H (B,h,w,d), E (B,T,q,k) with 0 for j ∉ S(i), w (B,) -> (B,h,w,d)
     """
@@ -772,12 +818,13 @@ def eq3_17_18_attention(H, E, w, beta, window, use_cos=True, use_edge=True):
     k = window.keys(unit)
     cos = window.queries(unit) @ k.transpose(-1, -2)
     logits = (w[:, None, None, None] if use_cos else 0) * cos
-    logits = logits + torch.where(E > 0, beta * E * (cos > 0) if use_edge else 0.0, -1e9)         # j ∉ S(i): out of the softmax
-    return window.fold((logits.softmax(-1) * window.keys(norm).transpose(-1, -2)) @ k)
+    logits = logits + torch.where(E > 0, beta * E * (cos > 0) if use_edge else 0.0, -1e9)
+    P = logits.softmax(-1)
+    return window.fold((P * window.keys(norm).transpose(-1, -2)) @ k)  # keys of H are norm · unit
 
 
 def gcn_layer(H, E, window):
-    """GCN (Kipf and Welling): neighbours' mean with symmetric normalisation, edges 0/1 (Fig. 3.7)."""
+    """GCN (Kipf and Welling): sum over neighbours with symmetric normalisation, edges 0/1 (Fig. 3.7)."""
     A = (E > 0).float()
     degree = window.fold(A.sum(-1, keepdim=True)).clamp_min(1).rsqrt()
     return window.fold(A @ window.keys(H * degree)) * degree
@@ -785,54 +832,64 @@ def gcn_layer(H, E, window):
 
 def gat_layer(H, E, a, window):
     """GAT (Veličković et al.), one head: softmax over S(i) of LeakyReLU(a₁·H_i + a₂·H_j).   a (B,d,2)"""
-    s = (H.flatten(1, 2) @ a).view(*H.shape[:3], 2)
-    logits = F.leaky_relu(window.queries(s)[..., :1] + window.keys(s)[..., 1:].transpose(-1, -2), 0.2)
+    s = (H.flatten(1, 2) @ a).unflatten(1, H.shape[1:3])
+    logits = F.leaky_relu(window.queries(s[..., :1]) + window.keys(s[..., 1:]).transpose(-1, -2), 0.2)
     return window.fold(logits.masked_fill(E <= 0, -1e9).softmax(-1) @ window.keys(H))
 
 
 def eq3_21_cross_entropy(log_O, M_g, balanced=False):
-    """Eq. (3.21): −mean over labelled pixels of log O.   log_O (B,C,H,W), M_g (B,H,W)   [D9] balanced: foreground and background apart"""
+    """Eq. (3.21): −mean over labelled pixels of log O.   log_O (B,C,H,W), M_g (B,H,W)   [D9] balanced: fg and bg apart"""
     nll = -log_O.gather(1, M_g.clamp_max(log_O.shape[1] - 1)[:, None])[:, 0]
     sets = ((M_g == 0), (M_g > 0) & (M_g != 255)) if balanced else (M_g != 255,)
     return sum((nll * s).sum((1, 2)) / s.sum((1, 2)).clamp_min(1) for s in sets)
 
 
 def eq3_22_regularised(O, G, window, nodes):
-    """Eq. (3.22): Σ_ab G(a,b) Σ_{ci≠cj} O^ci(a) O^cj(b), over the window, per node [D5].   O (B,h,w,C), G (B,T,q,k), nodes (B,)"""
+    """Eq. (3.22): Σ_ab G(a,b) Σ_{ci≠cj} O^ci(a) O^cj(b) over the window, per node [D5].
+
+    O (B,h,w,C), 0 beyond the image's grid; G (B,T,q,k), nodes (B,) number of nodes -> (B,)
+    """
     differ = 1 - window.queries(O) @ window.keys(O).transpose(-1, -2)
     return (G * differ).sum((1, 2, 3)) / nodes
+
+
+def inside_boxes(boxes, H, W):
+    """boxes (M,6) long [image, class, x0, y0, x1, y1] -> rows (M,H) and columns (M,W) that each box covers, bool"""
+    _, _, x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+    Y, X = torch.arange(H, device=boxes.device), torch.arange(W, device=boxes.device)
+    return (Y >= y0) & (Y < y1), (X >= x0) & (X < x1)
 
 
 @torch.no_grad()
 def eq3_23_25_points(O, boxes):
     """Eqs. (3.23)–(3.25): in each row and column of each box the pixel where the box's class is most probable.
 
-    O (B,C,H,W), boxes (M,6) long [image, class, x0, y0, x1, y1] -> y (M,H+W), x (M,H+W), valid (M,H+W)
+    O (B,C,H,W), boxes (M,6) -> y, x, valid (M,H+W): first one point per row, then one per column
     """
-    image, c, x0, y0, x1, y1 = boxes.unbind(1)
-    H, W = O.shape[-2:]
-    Y, X = torch.arange(H, device=O.device), torch.arange(W, device=O.device)
-    in_y, in_x = (Y >= y0[:, None]) & (Y < y1[:, None]), (X >= x0[:, None]) & (X < x1[:, None])
-    prob = O[image, c].masked_fill(~(in_y[:, :, None] & in_x[:, None, :]), -1)
-    y = torch.cat([Y.expand(len(boxes), H), prob.argmax(1)], dim=1)
-    x = torch.cat([prob.argmax(2), X.expand(len(boxes), W)], dim=1)
-    return y, x, torch.cat([in_y, in_x], dim=1)
+    rows, columns = inside_boxes(boxes, *O.shape[-2:])
+    prob = O[boxes[:, 0], boxes[:, 1]].masked_fill(~(rows[:, :, None] & columns[:, None]), -torch.inf)
+    Y, X = (torch.arange(n, device=O.device).expand(len(boxes), n) for n in O.shape[-2:])
+    y, x = torch.cat([Y, prob.argmax(1)], dim=1), torch.cat([prob.argmax(2), X], dim=1)
+    return y, x, torch.cat([rows, columns], dim=1)
 
 
 def eq3_26_multi_point(log_O, H_points, boxes, points, feature=True):
     """Eq. (3.26): −mean log O^{B_j} over the points + mean of 1 − cos(H_m,H_n) over all pairs of points of one box.
 
-    H_points (M,P,d) node features at the points. Σ_mn cos = ‖Σ_m H_m/‖H_m‖‖², so the pairs cost no more than the points.
+    H_points (M,P,d) features at the points. Σ_mn cos = ‖Σ_m H_m/‖H_m‖‖², so the pairs cost no more than the points.
     """
     y, x, valid = points
-    image, c, B = boxes[:, 0], boxes[:, 1], len(log_O)
-    per_image = lambda value: torch.zeros(B, device=value.device).index_add(0, image, value)
-    n = valid.sum(1).float()
+    image, c, n = boxes[:, 0], boxes[:, 1], valid.sum(1).float()
+
+    def per_image(value):
+        return torch.zeros(len(log_O), device=value.device).index_add(0, image, value)
+
     nll = -(log_O[image[:, None], c[:, None], y, x] * valid).sum(1)
-    loss = per_image(nll) / per_image(n).clamp_min(1)
+    loss = per_image(nll) / per_image(n).clamp_min(1)                                   # N_p
     if feature:
         unit = F.normalize(H_points, dim=-1, eps=1e-8) * valid[..., None]
-        loss = loss + per_image(n * n - unit.sum(1).pow(2).sum(-1)) / per_image(n * n).clamp_min(1)
+        apart = n * n - unit.sum(1).pow(2).sum(-1)
+        loss = loss + per_image(apart) / per_image(n * n).clamp_min(1)                  # N_f
     return loss
 
 
@@ -842,33 +899,34 @@ def eq3_27_prototypes(H_points, valid):
 
 
 @torch.no_grad()
-def eq3_28_consistency(M_g, dot, boxes):
-    """Eq. (3.28): a seed of the box's class inside the box becomes 255 where its cosine with the box's prototype is not above 0.
+def eq3_28_consistency(M_g, product, boxes):
+    """Eq. (3.28): a seed of the box's class inside the box becomes 255 where its cosine with the prototype is not above 0.
 
-    M_g (B,H,W), dot (M,H,W): inner product of pixel feature and prototype (the cosine's sign; it is linear, so it may be enlarged) -> (B,H,W)
+    M_g (B,H,W); product (M,H,W): inner product of each pixel's feature with the box's prototype, which has the cosine's
+    sign -> (B,H,W)
     """
-    image, c, x0, y0, x1, y1 = boxes.unbind(1)
-    Y, X = torch.arange(M_g.shape[1], device=M_g.device), torch.arange(M_g.shape[2], device=M_g.device)
-    inside = ((Y >= y0[:, None]) & (Y < y1[:, None]))[:, :, None] & ((X >= x0[:, None]) & (X < x1[:, None]))[:, None, :]
-    noisy = inside & (M_g[image] == c[:, None, None]) & (dot <= 0)
+    image, c = boxes[:, 0], boxes[:, 1, None, None]
+    rows, columns = inside_boxes(boxes, *M_g.shape[1:])
+    noisy = rows[:, :, None] & columns[:, None] & (M_g[image] == c) & (product <= 0)
     removed = torch.zeros(M_g.shape, device=M_g.device).index_add_(0, image, noisy.float()) > 0
     return torch.where(removed, 255, M_g)
 
 
-# ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Training ────────────────────────────────────────────────────────────────────────────────────────────────
 def group_rates(net, new_layers, lr, weight_decay):
     """Optimiser groups of the PSA family: backbone weights x1, biases x2, new layers x10, their biases x20."""
     new = {id(p) for layer in new_layers for p in layer.parameters()}
-    groups = {factor: [] for factor in (1, 2, 10, 20)}
+    groups = {}
     for name, p in net.named_parameters():
         if p.requires_grad:
-            groups[(10 if id(p) in new else 1) * (2 if name.endswith("bias") else 1)].append(p)
-    return [{"params": params, "lr": lr * factor, "weight_decay": weight_decay} for factor, params in groups.items() if params]
+            factor = (10 if id(p) in new else 1) * (2 if name.endswith("bias") else 1)
+            groups.setdefault(factor, []).append(p)
+    return [{"params": params, "lr": lr * factor, "weight_decay": weight_decay} for factor, params in groups.items()]
 
 
-def make_classifier(args, classes):
-    backbone = make_backbone(args.cam_backbone, args.weights, args.stride, frozen_bn=args.cam_backbone != "tiny")
-    return SEAM(backbone, classes)
+def pretrained(backbone, weights):
+    """Whether this backbone starts from trained weights, so that its batch norm is kept as it is."""
+    return backbone != "tiny" and weights != "none"
 
 
 def train_classifier(args, run, train_set):
@@ -879,16 +937,18 @@ def train_classifier(args, run, train_set):
         return normalise(crop(color_jitter(sample, rng, 0.3, 0.3, 0.3, 0.1), args.cam_crop, rng))
 
     run.reseed("classifier")
-    net = make_classifier(args, len(train_set.classes))
+    frozen = pretrained(args.cam_backbone, args.weights)
+    net = SEAM(make_backbone(args.cam_backbone, args.weights, args.cam_stride, frozen), len(train_set.classes))
     ddp = run.place(net).train()
-    optim = torch.optim.SGD(group_rates(net, net.new_layers(), args.cam_lr, args.weight_decay), lr=args.cam_lr, momentum=args.cam_momentum)
-    draws = Draws(train_set, augment, args.seed)
-    for step, batch in run.steps("classifier", draws, args.cam_steps, args.cam_batch, net, optim, poly(args.cam_steps)):
+    optim = torch.optim.SGD(group_rates(net, net.new_layers if frozen else [], args.cam_lr, args.weight_decay),
+                            lr=args.cam_lr, momentum=args.cam_momentum)
+    draws, schedule = Draws(train_set, augment, args.seed), poly(args.cam_steps)
+    for step, batch in run.steps("classifier", draws, args.cam_steps, args.cam_batch, net, optim, schedule):
         small = F.interpolate(batch.image, scale_factor=args.er_scale, mode="bilinear", align_corners=False)
         with run.autocast():
             full, reduced = ddp(batch.image, small)
         loss_cls, loss_er, loss_ecr = seam_loss(full, reduced, batch.tags, args.ecr_top)
-        loss = loss_cls + loss_er + loss_ecr
+        loss = loss_cls + (step >= args.cam_warmup) * (loss_er + loss_ecr)              # [D14]
         optim.zero_grad()
         loss.backward()
         optim.step()
@@ -902,14 +962,14 @@ def write_seeds(args, run, net, train_set):
         for names in run.todo(train_set.names, "seeds", chunk=16, stage="seeds", beside=("cam", "seeds_F")):
             samples = [train_set[train_set.index(name)] for name in names]
             images = [s.image for s in samples]
-            cams = [multi_scale_cam(net, s.image, s.tags, args.cam_scales, args.stride, run.device) for s in samples]
-            low, high = (dense_crf(images, [with_background(cam, e) for cam in cams], args.seed_crf, args.crf, args.workers)
-                         for e in (args.bg_low, args.bg_high))
-            for s, cam, l, h in zip(samples, cams, low, high, strict=True):
-                M_I = eq3_1_cam_labels(l, h)
-                M_I_confident = confident_cam_labels(M_I, cam, l, h, args.bg_high, args.confident, args.confident_fg,
-                                                     args.confident_bg, args.confident_crf)
-                M_F, M_g = box_seeds(s, M_I, M_I_confident, args.grabcut_steps, args.grabcut_min, pool)
+            cams = [multi_scale_cam(net, s.image, s.tags, args.cam_scales, args.cam_stride, run.device) for s in samples]
+            low, high = (dense_crf(images, [with_background(cam, exponent) for cam in cams], args.seed_crf, args.crf,
+                                   args.workers) for exponent in (args.bg_low, args.bg_high))
+            for s, cam, crf_low, crf_high in zip(samples, cams, low, high):
+                M_I = eq3_1_cam_labels(crf_low, crf_high)
+                sure = confident_cam_labels(M_I, cam, crf_low, crf_high, args.bg_high, args.confident,
+                                            args.confident_fg, args.confident_bg, args.confident_crf)
+                M_F, M_g = box_seeds(s, M_I, sure, args.grabcut_steps, args.grabcut_min, pool)
                 present = np.flatnonzero(s.tags)
                 save_npz(run.path("cam", s.name, ".npz"), cam=cam[present].astype(np.float16), present=present)
                 save_label(run.path("seeds_F", s.name), M_F)
@@ -917,7 +977,8 @@ def write_seeds(args, run, net, train_set):
 
 
 def box_seeds(sample, M_I, M_I_confident, steps, minimum, pool):
-    """§3.2 and §3.3.2 for boxes: M_F and M_g. (Scribbles, points and tags have other rules, §3.6.1, and the same two outputs.)"""
+    """§3.2, §3.3.2: M_F and M_g of one image from its boxes. (Other weak labels have other rules, §3.6.1, and the same
+    two outputs.)"""
     H, W = M_I.shape
     masks = list(pool.map(lambda box: eq3_2_grabcut(sample.image, box, steps, minimum), sample.boxes))
     M_B, owner = eq3_3_box_labels(sample.boxes, masks, H, W)
@@ -941,30 +1002,35 @@ def train_affinity(args, run, classifier, train_set):
         return normalise(crop(color_jitter(sample, rng, 0.3, 0.3, 0.3, 0.1), args.cam_crop, rng))
 
     run.reseed("affinity")
-    net = AffinityNet(make_backbone(args.cam_backbone, "none", args.stride, frozen_bn=True))
-    net.backbone.load_state_dict(classifier.backbone.state_dict())                       # [D4]
-    net.backbone.freeze()                                                               # batch norm stays as the classifier left it
+    net = AffinityNet(make_backbone(args.cam_backbone, "none", args.stride))
+    net.backbone.load_state_dict(classifier.backbone.state_dict())                      # [D4]
+    net.backbone.freeze()  # batch norm as the classifier's
     ddp = run.place(net).train()
-    optim = torch.optim.SGD(group_rates(net, net.new_layers(), args.aff_lr, args.weight_decay), lr=args.aff_lr, momentum=args.aff_momentum)
-    seeds = run.dir / {"M_g": "seeds", "M_F": "seeds_F"}[args.seed_labels]
-    draws = Draws(with_labels(train_set, seed=seeds), augment, args.seed)
+    optim = torch.optim.SGD(group_rates(net, net.new_layers, args.aff_lr, args.weight_decay),
+                            lr=args.aff_lr, momentum=args.aff_momentum)
+    seeds = with_labels(train_set, seed=run.dir / SEEDS[args.seed_labels])
+    draws, schedule = Draws(seeds, augment, args.seed), poly(args.aff_steps)
     offsets, s = window_offsets(args.aff_radius), args.stride
-    for step, batch in run.steps("affinity", draws, args.aff_steps, args.aff_batch, net, optim, poly(args.aff_steps)):
+    for step, batch in run.steps("affinity", draws, args.aff_steps, args.aff_batch, net, optim, schedule):
         with run.autocast():
             F_A, _ = ddp(batch.image)
         distance = PairDistance.apply(F_A.permute(0, 2, 3, 1).contiguous(), offsets)
-        label, first = eq3_6_7_pair_labels(batch.seed[:, ::s, ::s], offsets)             # M'_g: the pixel under each feature cell
-        loss = loss_ac = eq3_10_affinity_loss(distance, label, first, args.split_positives)
+        L_A, first = eq3_6_7_pair_labels(batch.seed[:, ::s, ::s], offsets)  # M'_g: the pixel of each cell
+        loss = loss_ac = eq3_10_affinity_loss(distance, L_A, first, args.split_positives)
         loss_ar = torch.zeros(())
         if args.affinity_reg:
-            colour = F.avg_pool2d(batch.image, s + 1, s, s // 2, count_include_pad=False).permute(0, 2, 3, 1)
+            colour = cell_colours(batch.image, s).permute(0, 2, 3, 1)
             loss_ar = eq3_12_affinity_regularised(distance, colour, offsets, args.gauss_xy, args.gauss_rgb)
             loss = loss + args.w_affinity_reg * loss_ar                                 # Eq. (3.9)
         optim.zero_grad()
         loss.backward()
         optim.step()
-        run.log(step, loss_ac=loss_ac, loss_ar=loss_ar, known=(label != 255).float().mean(), same=(label == 1).float().mean())
+        run.log(step, loss_ac=loss_ac, loss_ar=loss_ar, known=(L_A != 255).float().mean(),
+                differ=(L_A == 0).float().mean())
     return net.eval()
+
+
+SEEDS = {"M_g": "seeds", "M_F": "seeds_F"}                                              # folders of the run
 
 
 @torch.no_grad()
@@ -973,100 +1039,101 @@ def write_walk(args, run, net, train_set):
     with run.timed("walk"):
         for names in run.todo(train_set.names, "walk_crf", chunk=16, stage="walk", beside=("walk",)):
             samples = [train_set[train_set.index(name)] for name in names]
-            probs = [walk_image(args, net, s, read_cam(run, s.name, len(train_set.classes)), run.device) for s in samples]
+            cams = [read_cam(run, name, len(train_set.classes)) for name in names]
+            probs = [walk_image(args, net, s, cam, run.device) for s, cam in zip(samples, cams)]
             refined = dense_crf([s.image for s in samples], probs, args.gnn_crf, args.crf, args.workers)
-            for s, prob, crf in zip(samples, probs, refined, strict=True):
+            for s, prob, crf in zip(samples, probs, refined):
                 save_label(run.path("walk", s.name), prob.argmax(0))
                 save_label(run.path("walk_crf", s.name), crf.argmax(0))
 
 
 def walk_image(args, net, sample, cam, device):
-    """Labels by random walk of one image -> probabilities (K+1,H,W)."""
-    graph = image_to_graph(net, sample.image, args.stride, "pixel", "affinity", device)
-    pairs = Pairs([graph], args.aff_radius, euclidean=True)
-    allowed = np.zeros(cam.shape, bool)
+    """Random walk of one image's CAM (K,H,W) -> probabilities (K+1,H,W)."""
+    allowed, s = np.zeros(cam.shape, bool), args.stride
     for box in sample.boxes:
         c, rows, columns = pixel_box(box, *cam.shape[1:])
         allowed[c - 1, rows, columns] = True
-    score = with_background(cam * allowed, args.walk_bg)
-    score[0][~allowed.any(0)] = 1
-    s = args.stride
-    start = torch.as_tensor(score[:, ::s, ::s].copy(), device=device).permute(1, 2, 0)[None]
-    moved = random_walk(start, eq3_8_affinity(pairs.distance()) ** args.walk_beta * pairs.near, pairs.window, args.walk_steps)
-    prob = enlarge(moved.permute(0, 3, 1, 2), *(m[None] for m in graph.pixels))[0]
+    score = with_background(cam * allowed, args.walk_bg)[:, ::s, ::s]  # outside all boxes: 1 and 0
+    graph = image_to_graph(net, sample.image, s, "pixel", "affinity", device)
+    pairs = Pairs([graph], args.aff_radius, euclidean=True)
+    affinity = eq3_8_affinity(pairs.distance()) ** args.walk_beta * pairs.near
+    start = torch.tensor(score, device=device).permute(1, 2, 0)[None]
+    moved = random_walk(start, affinity, pairs.window, args.walk_steps).permute(0, 3, 1, 2)
+    prob = enlarge(moved, *(matrix[None] for matrix in graph.pixels))[0]
     return (prob / prob.sum(0, keepdim=True)).cpu().numpy()
 
 
 def make_graphs(args, net, samples, seeds, device):
-    """B images -> what train_gnn needs, padded to common sizes (B,…)."""
+    """B images and their seeds (H,W) -> all that train_gnn needs, padded to common sizes."""
     graphs = [image_to_graph(net, s.image, args.stride, args.nodes, args.edges, device) for s in samples]
     pairs, reg = Pairs(graphs, args.radius), Pairs(graphs, args.reg_radius)
-    g = SimpleNamespace(graphs=graphs, sizes=[graph.size for graph in graphs], x=pairs.padded("x"), valid=pairs.padded("valid")[..., 0])
-    g.window, g.edges = pairs.window, eq3_14_edges(pairs.distance(), pairs.near, args.sigma)
-    g.reg_window, g.G = reg.window, eq3_13_gaussian(reg.place, reg.squared_colour(), args.gauss_xy, args.gauss_rgb) * (reg.near & (reg.place > 0))
-    g.nodes = g.valid.sum((1, 2))
-    h, w = g.valid.shape[1:]
-    H, W = (max(size[i] for size in g.sizes) for i in (0, 1))
-    g.classes = [np.concatenate([[0], np.flatnonzero(s.tags) + 1]) for s in samples]              # output layer: these only [D11]
-    C = max(map(len, g.classes))
-    g.absent = torch.tensor([[-1e9 * (c >= len(own)) for c in range(C)] for own in g.classes], device=device)
-    local = np.full((len(samples), 256), 255)
-    for b, own in enumerate(g.classes):
+    G = eq3_13_gaussian(reg.place, reg.squared_colour(), args.gauss_xy, args.gauss_rgb) * (reg.near & (reg.place > 0))
+    valid, sizes = pairs.padded("valid"), [graph.size for graph in graphs]
+    classes = [np.concatenate([[0], np.flatnonzero(s.tags) + 1]) for s in samples]  # of each output layer [D11]
+    C = max(map(len, classes))
+    local = np.full((len(samples), 256), 255)  # label -> output channel
+    for b, own in enumerate(classes):
         local[b, own] = range(len(own))
-    g.seeds = torch.stack([F.pad(torch.as_tensor(local[b][s], device=device), (0, W - s.shape[1], 0, H - s.shape[0]), value=255)
-                           for b, s in enumerate(seeds)])
-    if args.nodes == "pixel":
-        g.rows = torch.stack([F.pad(a.pixels[0], (0, h - a.pixels[0].shape[1], 0, H - a.pixels[0].shape[0])) for a in graphs])
-        g.columns = torch.stack([F.pad(a.pixels[1], (0, w - a.pixels[1].shape[1], 0, W - a.pixels[1].shape[0])) for a in graphs])
-    else:
-        g.index = torch.stack([F.pad(a.pixels, (0, W - a.pixels.shape[1], 0, H - a.pixels.shape[0])) for a in graphs])
-    boxes = [(b, local[b][int(box[0])], *pixel_corners(box, *size))
-             for b, (s, size) in enumerate(zip(samples, g.sizes, strict=True)) for box in s.boxes]
-    g.boxes = torch.tensor(boxes, dtype=torch.long, device=device).view(-1, 6)
-    return g
+    H, W = np.max(sizes, axis=0)
+    labels = np.full((len(samples), H, W), 255)
+    for b, seed in enumerate(seeds):
+        labels[b, :seed.shape[0], :seed.shape[1]] = local[b][seed]
+    boxes = [(b, local[b][int(box[0])], x.start, y.start, x.stop, y.stop) for b, s in enumerate(samples)
+             for box in s.boxes for _, y, x in [pixel_box(box, *sizes[b])]]
+    return SimpleNamespace(
+        graphs=graphs, sizes=sizes, classes=classes, shape=(H, W), x=pairs.padded("x"), valid=valid,
+        nodes=valid.sum((1, 2, 3)), window=pairs.window, edges=eq3_14_edges(pairs.distance(), pairs.near, args.sigma),
+        reg_window=reg.window, G=G, stride=args.stride, seeds=torch.tensor(labels, device=device),
+        boxes=torch.tensor(boxes, dtype=torch.long, device=device).view(-1, 6), **pixel_maps(graphs, *valid.shape[1:3], H, W),
+        absent=torch.tensor([[-1e9 * (c >= len(own)) for c in range(C)] for own in classes], device=device))
 
 
-def pixel_corners(box, H, W):
-    """[c, x0, y0, x1, y1] floats -> x0, y0, x1, y1 as integers inside the image."""
-    _, rows, columns = pixel_box(box, H, W)
-    return columns.start, rows.start, min(columns.stop, W), min(rows.stop, H)
+def pixel_maps(graphs, h, w, H, W):
+    """How nodes become pixels, padded: {rows (B,H,h), columns (B,W,w)}, or {index (B,H,W)} for superpixels."""
+    def stacked(matrices, height, width):
+        return torch.stack([F.pad(m, (0, width - m.shape[1], 0, height - m.shape[0])) for m in matrices])
+
+    if graphs[0].adjacent is not None:
+        return dict(index=stacked([g.pixels for g in graphs], H, W))
+    rows, columns = zip(*(g.pixels for g in graphs))
+    return dict(rows=stacked(rows, H, h), columns=stacked(columns, W, w))
 
 
 def to_pixels(g, nodes, image=None):
-    """Node maps (B,h,w,C) of a chunk of graphs -> (B,C,H,W).   image (M,): nodes are (M,h,w,C) maps of these images instead."""
-    pick = (lambda t: t) if image is None else (lambda t: t[image])
+    """Node maps (B,h,w,C) of a chunk of graphs -> (B,C,H,W).   image (M,): nodes (M,h,w,C) belong to these images"""
+    image = slice(None) if image is None else image
     nodes = nodes.permute(0, 3, 1, 2)
     if hasattr(g, "index"):
-        index = pick(g.index)
-        return nodes[:, :, 0].gather(2, index.flatten(1)[:, None].expand(-1, nodes.shape[1], -1)).view(*nodes.shape[:2], *index.shape[1:])
-    return enlarge(nodes, pick(g.rows), pick(g.columns))
+        index = g.index[image]
+        return nodes.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, nodes.shape[1], -1)).unflatten(2, g.shape)
+    return enlarge(nodes, g.rows[image], g.columns[image])
 
 
-def at_points(g, H, y, x, stride):
-    """Node features at pixels (M,P) of the boxes' images, as to_pixels would give them.   H (B,h,w,d) -> (M,P,d)"""
-    B, h, w, d = H.shape
+def at_points(g, H, y, x):
+    """Node features at the pixels (y, x), (M,P) each, of the boxes' images: what to_pixels would give there.
+
+    H (B,h,w,d) -> (M,P,d)
+    """
     image = g.boxes[:, :1]
     if hasattr(g, "index"):
         return H.flatten(1, 2)[image, g.index[image, y, x]]
-    nodes = torch.tensor([a.x.shape[:2] for a in g.graphs], device=H.device)[g.boxes[:, 0]]   # (M,2) each image's own h, w
-    corners, weights = 0, 1
-    for place, last, factor in ((y / stride, nodes[:, :1] - 1, w), (x / stride, nodes[:, 1:] - 1, 1)):
-        place = place.minimum(last)
+    ends = []
+    for place, axis in ((y, 0), (x, 1)):
+        last = torch.tensor([graph.x.shape[axis] - 1 for graph in g.graphs], device=H.device)[image]
+        place = (place / g.stride).minimum(last)
         low = place.floor().long()
-        index = torch.stack([low, (low + 1).minimum(last)], dim=-1) * factor
-        weight = torch.stack([1 - (place - low), place - low], dim=-1)
-        corners = index[..., None, :] + (corners[..., None] if torch.is_tensor(corners) else 0)
-        weights = weight[..., None, :] * (weights[..., None] if torch.is_tensor(weights) else 1)
-        corners, weights = corners.flatten(-2), weights.flatten(-2)
-    index = (corners + image[..., None] * h * w).view(-1, corners.shape[-1])
-    return F.embedding_bag(index, H.reshape(-1, d), per_sample_weights=weights.view(index.shape), mode="sum").view(*y.shape, d)
+        ends.append(((low, 1 - (place - low)), ((low + 1).minimum(last), place - low)))
+    corners = [((image * H.shape[1] + i) * H.shape[2] + j, a * b) for i, a in ends[0] for j, b in ends[1]]
+    index, weight = (torch.stack(side, dim=-1).flatten(0, 1) for side in zip(*corners))
+    bags = F.embedding_bag(index, H.flatten(0, 2), per_sample_weights=weight.to(H.dtype), mode="sum")
+    return bags.unflatten(0, y.shape)
 
 
 def train_gnn(args, g, names):
-    """§3.3.5: one A²GNN per image, trained from scratch in two phases, Eq. (3.20).   -> probabilities (B,C,H,W) of g.classes"""
-    device = g.x.device
-    generators = [torch.Generator(device).manual_seed(zlib.crc32(f"{args.seed} {name}".encode())) for name in names]
-    net = A2GNN(generators, g.x.shape[-1], list(map(len, g.classes)), args.hidden, args.layers, args.beta, args.gnn, not args.edge_only, not args.attention_only)
+    """§3.3.5: one A²GNN per image, trained from scratch in two phases, Eq. (3.20).   -> probabilities (B,C,H,W)"""
+    generators = [torch.Generator(g.x.device).manual_seed(zlib.crc32(f"{args.seed} {name}".encode())) for name in names]
+    net = A2GNN(generators, g.x.shape[-1], list(map(len, g.classes)), args.hidden, args.layers, args.beta, args.gnn,
+                use_cos=not args.edge_only, use_edge=not args.attention_only)
     optim = torch.optim.Adam(net.parameters(), lr=args.gnn_lr, weight_decay=args.gnn_weight_decay)
     seeds = g.seeds
     for epoch in range(sum(args.epochs)):
@@ -1074,82 +1141,87 @@ def train_gnn(args, g, names):
         H, logits = net(g.x, g.edges, g.window, dropout_factors(g, generators, args.hidden, args.dropout))
         logits = logits + g.absent[:, None, None]
         log_O = to_pixels(g, logits).log_softmax(1)
-        points = eq3_23_25_points(log_O.detach(), g.boxes)
-        check = args.consistency and (second or args.consistency_in_place)
-        H_points = at_points(g, H, points[0], points[1], args.stride) if check or (args.mp_loss and args.mp_feature) else None
-        labels = seeds
-        if check:
-            labels = eq3_28_consistency(seeds, prototype_products(g, H.detach(), H_points.detach(), points[2], args.consistency_cosine), g.boxes)
+        y, x, valid = points = eq3_23_25_points(log_O, g.boxes)
+        H_points, labels = at_points(g, H, y, x), seeds
+        if args.consistency and (second or args.consistency_in_place):
+            product = prototype_products(g, H.detach(), H_points.detach(), valid, args.consistency_cosine)
+            labels = eq3_28_consistency(seeds, product, g.boxes)
             seeds = labels if args.consistency_in_place else seeds
         loss = eq3_21_cross_entropy(log_O, labels, args.balanced_ce)
         if args.mp_loss:
             loss = loss + eq3_26_multi_point(log_O, H_points, g.boxes, points, args.mp_feature)
         if args.reg and second:
-            loss = loss + args.w_reg * eq3_22_regularised(logits.softmax(-1) * g.valid[..., None], g.G, g.reg_window, g.nodes)   # Eq. (3.20)
+            O = logits.softmax(-1) * g.valid
+            loss = loss + args.w_reg * eq3_22_regularised(O, g.G, g.reg_window, g.nodes)
         optim.zero_grad()
-        loss.sum().backward()
+        loss.sum().backward()  # Eq. (3.20), image by image
         optim.step()
     with torch.no_grad():
         return to_pixels(g, net(g.x, g.edges, g.window)[1] + g.absent[:, None, None]).softmax(1)
 
 
 def dropout_factors(g, generators, hidden, p):
-    """Dropout of each image from its own generator, so that it does not depend on the batch.   -> (B,h,w,hidden)"""
-    h, w = g.valid.shape[1:]
+    """Dropout of each image from its own generator, whatever its neighbours in the batch.   -> (B,h,w,hidden)"""
+    h, w = g.valid.shape[1:3]
     factors = []
-    for graph, generator in zip(g.graphs, generators, strict=True):
-        keep = torch.rand((*graph.x.shape[:2], hidden), generator=generator, device=g.x.device) >= p
-        factors.append(F.pad(keep.float() / (1 - p), (0, 0, 0, w - keep.shape[1], 0, h - keep.shape[0])))
+    for graph, generator in zip(g.graphs, generators):
+        own = graph.x.shape[:2]
+        keep = torch.rand((*own, hidden), generator=generator, device=g.x.device) >= p
+        factors.append(F.pad(keep / (1 - p), (0, 0, 0, w - own[1], 0, h - own[0])))
     return torch.stack(factors)
 
 
 def prototype_products(g, H, H_points, valid, cosine):
-    """Inner products of each box's prototype (Eq. 3.27) with all pixels of its image, (M,H,W). centred [D8]: both minus the image's mean."""
-    prototype = eq3_27_prototypes(H_points, valid)
+    """Inner products of each box's prototype (Eq. 3.27) with the features of its image, at all pixels: (M,H,W).
+
+    It is linear in the features, so it may be taken at the nodes and enlarged. centred [D8]: both minus the image's mean
+    """
+    prototype, image = eq3_27_prototypes(H_points, valid), g.boxes[:, 0]
     if cosine == "centred":
-        mean = (H * g.valid[..., None]).sum((1, 2)) / g.nodes[:, None]
-        prototype, H = prototype - mean[g.boxes[:, 0]], H - mean[:, None, None]
-    product = torch.einsum("mhwd,md->mhw", H[g.boxes[:, 0]], prototype)
-    return to_pixels(g, product[..., None], g.boxes[:, 0])[:, 0]
+        mean = (H * g.valid).sum((1, 2)) / g.nodes[:, None]
+        prototype, H = prototype - mean[image], H - mean[:, None, None]
+    product = (H[image] * prototype[:, None, None]).sum(-1, keepdim=True)
+    return to_pixels(g, product, image)[:, 0]
 
 
 def write_pseudo(args, run, net, train_set):
     """One A²GNN per image, `batch_images` of them side by side; then CRF.   Writes pseudo_raw/*.png and pseudo/*.png"""
-    folder = {"M_g": "seeds", "M_F": "seeds_F"}[args.seed_labels]
     with run.timed("pseudo"):
-        for names in run.todo(train_set.names, "pseudo", chunk=args.batch_images, stage="pseudo", beside=("pseudo_raw",)):
+        for names in run.todo(train_set.names, "pseudo", args.batch_images, stage="pseudo", beside=("pseudo_raw",)):
             names = [names] if isinstance(names, str) else names
             samples = [train_set[train_set.index(name)] for name in names]
-            seeds = [read_label(run.path(folder, name), train_set.classes) for name in names]
+            seeds = [read_label(run.path(SEEDS[args.seed_labels], name), train_set.classes) for name in names]
             g = make_graphs(args, net, samples, seeds, run.device)
             O = train_gnn(args, g, names).cpu().numpy()
-            probs = [o[:len(own), :H, :W] for o, own, (H, W) in zip(O, g.classes, g.sizes, strict=True)]
+            probs = [o[:len(own), :H, :W] for o, own, (H, W) in zip(O, g.classes, g.sizes)]
             refined = dense_crf([s.image for s in samples], probs, args.gnn_crf, args.crf, args.workers)
-            for s, own, prob, crf in zip(samples, g.classes, probs, refined, strict=True):
-                save_label(run.path("pseudo_raw", s.name), own[prob.argmax(0)])
-                save_label(run.path("pseudo", s.name), own[crf.argmax(0)])
+            for name, own, prob, crf in zip(names, g.classes, probs, refined):
+                save_label(run.path("pseudo_raw", name), own[prob.argmax(0)])
+                save_label(run.path("pseudo", name), own[crf.argmax(0)])
 
 
-def make_segmenter(args, classes, weights):
-    backbone = make_backbone(args.backbone, weights, args.seg_stride, frozen_bn=args.backbone != "tiny")
-    return DeepLab(backbone, ASPP(backbone.channels[-1], classes + 1))
+def make_segmenter(backbone, weights, stride, classes):
+    net = make_backbone(backbone, weights, stride, pretrained(backbone, weights))
+    return DeepLab(net, ASPP(net.channels[-1], classes + 1))                            # [D2]
 
 
 def train_segmenter(args, run, train_set):
-    """DeepLab-v2 on pseudo labels, or on ground truth with --supervision full."""
+    """DeepLab-v2 on the pseudo labels, or on ground truth with --supervision full."""
     def augment(sample, rng):
         sample = rescale(sample, rng.uniform(*args.seg_rescale))
         sample = flip(sample) if rng.random() < 0.5 else sample
         return normalise(crop(sample, args.seg_crop, rng))
 
     run.reseed("segmenter")
-    net = make_segmenter(args, len(train_set.classes), args.weights)
+    net = make_segmenter(args.backbone, args.weights, args.seg_stride, len(train_set.classes))
     ddp = run.place(net).train()
-    optim = torch.optim.SGD(group_rates(net, [net.head], args.seg_lr, args.weight_decay), lr=args.seg_lr, momentum=0.9)
-    labelled = train_set if args.supervision == "full" else with_labels(train_set, pseudo=run.dir / args.train_on)
-    draws = Draws(labelled, augment, args.seed)
-    for step, batch in run.steps("segmenter", draws, args.seg_steps, args.seg_batch, net, optim, poly(args.seg_steps)):
-        label = batch.mask if args.supervision == "full" else batch.pseudo
+    new_layers = [net.head] if pretrained(args.backbone, args.weights) else []
+    optim = torch.optim.SGD(group_rates(net, new_layers, args.seg_lr, args.weight_decay), lr=args.seg_lr, momentum=0.9)
+    full = args.supervision == "full"
+    labelled = train_set if full else with_labels(train_set, pseudo=run.dir / args.train_on)
+    draws, schedule = Draws(labelled, augment, args.seed), poly(args.seg_steps)
+    for step, batch in run.steps("segmenter", draws, args.seg_steps, args.seg_batch, net, optim, schedule):
+        label = batch.mask if full else batch.pseudo
         with run.autocast():
             logits = ddp(batch.image)
         logits = resample(logits.float(), label.shape[-2:])
@@ -1161,7 +1233,7 @@ def train_segmenter(args, run, train_set):
     return net.eval()
 
 
-# ── Evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
 @torch.no_grad()
 def predict(net, image, scales, device):
     """Class probabilities, averaged over scales and mirror images.   image (H,W,3) uint8 -> (K+1,H,W) float32"""
@@ -1181,7 +1253,7 @@ def write_predictions(args, run, net, val_set):
             images = [val_set[val_set.index(name)].image for name in names]
             probs = [predict(net, image, args.test_scales, run.device) for image in images]
             refined = dense_crf(images, probs, args.seg_crf, args.crf, args.workers)
-            for name, prob, crf in zip(names, probs, refined, strict=True):
+            for name, prob, crf in zip(names, probs, refined):
                 save_label(run.path("val", name), prob.argmax(0))
                 save_label(run.path("val_crf", name), crf.argmax(0))
 
@@ -1195,76 +1267,74 @@ def confusion_of(dataset, label_of):
 
 
 def evaluate_labels(args, run, split):
-    """Scores what the stages wrote against ground truth: the only place that sees the masks of weakly supervised training images."""
+    """Scores what the stages wrote against ground truth: the only place that sees masks of weakly supervised images."""
     truth = load(args, split, masks=True)
-    folder = lambda name: (lambda s: read_label(run.path(name, s.name), truth.classes))
-    rows = {"val": [("val", folder("val"), {}), ("val_crf", folder("val_crf"), {})], "train": []}
-    if split == "train":
-        cam = lambda s: with_background(read_cam(run, s.name, len(truth.classes)), args.bg_low).argmax(0)
-        seed_crf = lambda s: seeds_with_crf(s, folder("seeds_F")(s), len(truth.classes), args.gnn_crf, args.crf)
-        rows["train"] = [("cam", cam, {}), ("seed", folder("seeds_F"), {"crf_control": seed_crf, "confident": folder("seeds")}),
-                         ("walk", folder("walk"), {"crf": folder("walk_crf")}),
-                         ("pseudo", folder("pseudo"), {"no_crf": folder("pseudo_raw")})]
-    for stage, label_of, others in rows[split]:
-        confusion, extra = confusion_of(truth, label_of), {}
-        if stage == "seed":
-            extra = dict(precision=confusion.precision(), coverage=confusion.coverage())
-        for key, other in others.items():
-            second = confusion_of(truth, other)
-            extra[f"miou_{key}"] = second.miou()
-            if key == "confident":
-                extra |= dict(precision_confident=second.precision(), coverage_confident=second.coverage())
-        run.result(stage, confusion=confusion, split=split, n_images=len(truth), uses_masks=True, crf=stage in ("pseudo", "val_crf"),
-                   scales=args.test_scales if split == "val" else args.cam_scales, **extra)
+    if rank() > 0:
+        return
+
+    def written(folder):
+        return confusion_of(truth, lambda s: read_label(run.path(folder, s.name), truth.classes))
+
+    common = dict(split=split, n_images=len(truth), uses_masks=True)
+    if split == "val":
+        for stage in ("val", "val_crf"):
+            run.result(stage, written(stage), crf=stage == "val_crf", scales=args.test_scales, **common)
+        return
+    cam = confusion_of(truth, lambda s: with_background(read_cam(run, s.name, len(truth.classes)), args.bg_low).argmax(0))
+    run.result("cam", cam, crf=False, scales=args.cam_scales, **common)
+    M_F, M_g = written("seeds_F"), written("seeds")
+    control = confusion_of(truth, lambda s: seeds_with_crf(
+        s, read_label(run.path("seeds_F", s.name), truth.classes), args.gnn_crf, args.crf))
+    run.result("seed", M_F, crf=True, scales=args.cam_scales, precision=M_F.precision(), coverage=M_F.coverage(),
+               miou_confident=M_g.miou(), precision_confident=M_g.precision(), coverage_confident=M_g.coverage(),
+               miou_crf_control=control.miou(), **common)
+    run.result("walk", written("walk"), crf=False, scales=args.cam_scales, miou_crf=written("walk_crf").miou(), **common)
+    run.result("pseudo", written("pseudo"), crf=True, scales=[1.0], miou_no_crf=written("pseudo_raw").miou(), **common)
 
 
-def seeds_with_crf(sample, seed, classes, crf, backend):
-    """Control: the box seeds with a CRF and nothing else; a labelled pixel starts at 0.7, an unknown one even.   -> (H,W)"""
-    present = np.concatenate([[True], sample.tags])
-    prob = np.where(present[:, None, None], 1 / present.sum(), 0).repeat(seed.shape[0], 1).repeat(seed.shape[1], 2)
-    others = 0.3 / max(1, present.sum() - 1)
-    for c in np.flatnonzero(present):
-        prob[c][seed != 255] = others
-        prob[c][seed == c] = 0.7
-    return dense_crf([sample.image], [prob], crf, backend)[0].argmax(0)
+def seeds_with_crf(sample, seed, crf, backend):
+    """Control: the box seeds and a CRF, nothing else; a labelled pixel starts at 0.7, an unknown one even.   -> (H,W)"""
+    present = np.concatenate([[0], np.flatnonzero(sample.tags) + 1])
+    prob = np.full((len(present), *seed.shape), 1 / len(present))
+    for i, c in enumerate(present):
+        prob[:, seed == c] = 0.3 / max(1, len(present) - 1)
+        prob[i, seed == c] = 0.7
+    return present[dense_crf([sample.image], [prob], crf, backend)[0].argmax(0)]
 
 
 def save_panels(args, run, split):
-    """panels/: contact sheets of the first 16 images, one row each."""
-    truth = load(args, split, masks=True)
-    rows = []
+    """panels/<split>.png: contact sheet of the first 16 images, one row each."""
+    columns = {"seeds_F": "seed M_F", "seeds": "seed M_g", "walk": "walk", "pseudo_raw": "A2GNN", "pseudo": "A2GNN + CRF"} \
+        if split == "train" else {"val": "prediction", "val_crf": "prediction + CRF"}
+    truth, rows = load(args, split, masks=True), []
     for sample in (truth[i] for i in range(min(16, len(truth)))):
-        label = lambda folder: overlay(sample.image, read_label(run.path(folder, sample.name), truth.classes))
-        if split == "train":
-            cam = read_cam(run, sample.name, len(truth.classes)).max(0)
-            rows.append([sample.image, cam, *map(label, ("seeds_F", "seeds", "walk", "pseudo_raw", "pseudo"))])
-        else:
-            rows.append([sample.image, *map(label, ("val", "val_crf"))])
-        rows[-1].append(overlay(sample.image, sample.mask))
-    titles = ["image", "CAM", "seed M_F", "seed M_g", "walk", "A2GNN", "A2GNN + CRF", "ground truth"] if split == "train" \
-        else ["image", "prediction", "prediction + CRF", "ground truth"]
+        cam = [read_cam(run, sample.name, len(truth.classes)).max(0)] if split == "train" else []
+        labels = [read_label(run.path(folder, sample.name), truth.classes) for folder in columns]
+        rows.append([sample.image, *cam, *(overlay(sample.image, label) for label in (*labels, sample.mask))])
+    titles = ["image", *(["CAM"] if split == "train" else []), *columns.values(), "ground truth"]
     contact_sheet(run.path("panels", split), rows, titles)
 
 
 def predict_folder(args, run):
-    """--predict: masks and overlays for a picture or a folder, with the segmentation network of --checkpoint."""
+    """--predict: masks and overlays of a picture or a folder, by the segmentation network of --checkpoint."""
+    if not Path(args.checkpoint).is_file():
+        raise UserError(f"--predict needs the checkpoint of a segmentation network: --checkpoint {args.checkpoint!r} is no file")
     state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
-    for field in ("backbone", "seg_stride"):
-        setattr(args, field, state["args"][field])
-    net = make_segmenter(args, next(v for k, v in state["model"].items() if k.startswith("head."))
-                         .shape[0] - 1, "none")
+    classes = [v for k, v in state["model"].items() if k.startswith("head.")][-1].shape[0] - 1
+    net = make_segmenter(state["args"]["backbone"], "none", state["args"]["seg_stride"], classes)
     net.load_state_dict(state["model"])
     net = net.to(run.device, memory_format=torch.channels_last).eval()
     source = Path(args.predict)
-    files = sorted(f for f in source.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png")) if source.is_dir() else [source]
-    for file in files:
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    for file in (f for f in files if f.suffix.lower() in (".jpg", ".jpeg", ".png")):
         image = read_image(file)
-        prob = dense_crf([image], [predict(net, image, args.test_scales, run.device)], args.seg_crf, args.crf)[0]
-        save_label(run.path("predict", file.stem), prob.argmax(0))
-        contact_sheet(run.path("predict", file.stem + "_overlay"), [[image, overlay(image, prob.argmax(0))]], ["image", "prediction"])
+        prob = predict(net, image, args.test_scales, run.device)
+        label = dense_crf([image], [prob], args.seg_crf, args.crf)[0].argmax(0)
+        save_label(run.path("predict", file.stem), label)
+        contact_sheet(run.path("predict", f"{file.stem}_overlay"), [[image, overlay(image, label)]], ["image", "prediction"])
 
 
-# ── Main ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────
 def main():
     args = parse_args(Args, __doc__, presets={"shapes": SHAPES, "photos": PHOTOS})
     args.cam_backbone = args.backbone if args.cam_backbone == "same" else args.cam_backbone
@@ -1273,11 +1343,11 @@ def main():
         return predict_folder(args, run)
     train_set, val_set = load(args, "train"), load(args, "val")
     if args.supervision != "full":
-        classifier = train_classifier(args, run, train_set)                              # Eq. (3.1)
-        write_seeds(args, run, classifier, train_set)                                    # Eqs. (3.1)–(3.5)
-        affinity = train_affinity(args, run, classifier, train_set)                      # Eqs. (3.6)–(3.13)
-        write_walk(args, run, affinity, train_set)                                       # Table 3.4's RW
-        write_pseudo(args, run, affinity, train_set)                                     # Eqs. (3.14)–(3.28)
+        classifier = train_classifier(args, run, train_set)                             # Eq. (3.1)
+        write_seeds(args, run, classifier, train_set)                                   # Eqs. (3.1)–(3.5)
+        affinity = train_affinity(args, run, classifier, train_set)                     # Eqs. (3.6)–(3.13)
+        write_walk(args, run, affinity, train_set)                                      # Table 3.4's RW
+        write_pseudo(args, run, affinity, train_set)                                    # Eqs. (3.14)–(3.28)
         evaluate_labels(args, run, "train")
         save_panels(args, run, "train")
     segmenter = train_segmenter(args, run, train_set)

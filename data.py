@@ -9,9 +9,9 @@ Coordinates  x to the right, y down, in pixel edges: pixel (row i, column j) is 
              A box [class, x0, y0, x1, y1] is half open: its pixels are mask[y0:y1, x0:x1]. VOC's XML,
              inclusive and counted from 1, becomes (xmin-1, ymin-1, xmax, ymax).
 Labels       0 = background, 1..K = dataset.classes, 255 = no label; boxes and points count from 1 too
-Commands     python data.py check --data voc --root data/voc                      # what is there, what is not
-             python data.py export --data shapes --layout workpiece --to my/folder# shapes as files
-             python data.py voc-aug --sbd path/to/SBD --root data/voc             # makes SegmentationClassAug
+Commands     python data.py check --data voc --root data/voc                        # what is there, what not
+             python data.py export --data shapes --layout workpiece --to my/folder  # shapes as files
+             python data.py voc-aug --sbd path/to/SBD --root data/voc               # SegmentationClassAug
 """
 
 import contextlib
@@ -136,9 +136,13 @@ def tags_of(s, classes):
     """(K,) bool: classes in the first revealed of mask, boxes, points, scribble; else the sample's tags."""
     for key in ("mask", "boxes", "points", "scribble"):
         if hasattr(s, key):
-            found = getattr(s, key) if key in LABEL_MAPS else getattr(s, key)[:, 0]
-            return np.isin(np.arange(1, classes + 1), found)
+            return present(getattr(s, key) if key in LABEL_MAPS else getattr(s, key)[:, 0], classes)
     return s.tags
+
+
+def present(found, classes):
+    """Class numbers, any shape -> (K,) bool."""
+    return np.isin(np.arange(1, classes + 1), found)
 
 
 def color_jitter(s, rng, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0):
@@ -471,6 +475,9 @@ def complete(s, wanted, files, classes):
     return s
 
 
+FILES = {"tags": "tags.json", "boxes": "boxes", "points": "points", "scribble": "scribbles", "mask": "masks"}
+
+
 def find_fields(names, files, wish, notes, classes, where):
     """Looks that the needed files {field: {name: ...}} are there -> the fields that samples will have.
 
@@ -486,9 +493,6 @@ def find_fields(names, files, wish, notes, classes, where):
     if "mask" in fields:
         read_values([files["mask"][name] for name in names if name in files["mask"]], classes)
     return fields
-
-
-FILES = {"tags": "tags.json", "boxes": "boxes", "points": "points", "scribble": "scribbles", "mask": "masks"}
 
 
 # ── shapes: a yardstick drawn on the fly ──────────────────────────────────────────────────────────
@@ -574,8 +578,8 @@ def draw_scene(seed, split, index, classes="target"):
     image = image * (1 + rng.uniform(0.1, 0.5) * ramp)[..., None] + rng.uniform(-12, 12)   # light
     image = ndimage.gaussian_filter(image, (*[rng.uniform(0.4, 0.8)] * 2, 0))
     image = (image + rng.normal(0, rng.uniform(3, 8), image.shape)).round().clip(0, 255).astype(np.uint8)
-    return Sample(name=f"{split}_{index:04d}", image=image, tags=np.isin(np.arange(1, len(kinds) + 1), mask),
-                  mask=mask, instances=instances)
+    return Sample(name=f"{split}_{index:04d}", image=image, tags=present(mask, len(kinds)), mask=mask,
+                  instances=instances)
 
 
 def choose_kinds(rng, count):
@@ -732,7 +736,7 @@ class VOC:
         image, xml = read_image(self.pictures[name]), self.files["boxes"][name]
         boxes = locate(read_voc_xml(xml), 5, self.classes, image.shape[:2], xml)
         s = Sample(name=name, image=image, boxes=boxes)
-        s.tags = np.isin(np.arange(1, len(self.classes) + 1), s.boxes[:, 0])
+        s.tags = present(s.boxes[:, 0], len(self.classes))
         if "scribble" in self.fields and name in self.files["scribble"]:
             s.scribble = read_scribble(self.files["scribble"][name], self.classes, image)
         if "points" in self.fields and name in self.files["points"]:
@@ -850,12 +854,11 @@ class Workpiece:
             s.scribble = read_scribble(self.files["scribble"][name], self.classes, s.image)
         s = complete(s, wanted, self.files, self.classes)
         if self.tags_from == "tags":
-            path, listed = self.root / "tags.json", self.files["tags"][name]
-            numbers = [class_number(tag, self.classes, path) for tag in listed]
-            found = Sample(points=np.array(numbers).reshape(-1, 1))
-        else:
-            found = Sample(**{self.tags_from: getattr(s, self.tags_from)})
-        return changed(s, tags=tags_of(found, len(self.classes)))
+            path = self.root / "tags.json"
+            numbers = [class_number(tag, self.classes, path) for tag in self.files["tags"][name]]
+            return changed(s, tags=present(numbers, len(self.classes)))
+        source = Sample(**{self.tags_from: getattr(s, self.tags_from)})
+        return changed(s, tags=tags_of(source, len(self.classes)))
 
 
 SOURCES = {"shapes": Shapes, "voc": VOC, "workpiece": Workpiece}
@@ -1031,9 +1034,10 @@ LAYOUTS = {"voc": export_voc, "workpiece": export_workpiece}
 
 def main():
     import tyro
+    if sys.argv[1:2] in ([], ["-h"], ["--help"]): print(__doc__)    # tyro would join the lines
     commands = {"check": check, "export": export, "voc-aug": voc_aug}
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+        tyro.extras.subcommand_cli_from_dict(commands, description="")
     except DataError as error:
         sys.exit(f"data.py: {error}")
 
