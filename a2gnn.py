@@ -1,46 +1,47 @@
 """A²GNN: Affinity Attention Graph Neural Network for Weakly Supervised Semantic Segmentation.
-B. Zhang, J. Xiao, J. Jiao, Y. Wei, Y. Zhao; TPAMI 2021. Equation numbers are those of B. Zhang's thesis, chapter 3.
+B. Zhang, J. Xiao, J. Jiao, Y. Wei, Y. Zhao; TPAMI 2021. Equation numbers: B. Zhang's thesis, chapter 3.
 
-Symbols      x image (B,3,H,W) · B_k box with label L_Bk · M_I, M'_I labels of the classifier, all and confident ·
-             M_B, M_F, M_g box, fused and confident seeds (H,W), 255 = unknown · F_A affinity feature (B,448,h,w) ·
-             D affinity of a pair · X, E node features and edges · H^l node features of layer l (B,h,w,256) ·
-             P^l attention · O class probability · K_j the points that box j selects
+Symbols      x image (B,3,H,W) · B_k box with label L_Bk · M_I, M'_I labels of the classifier, all and
+             confident · M_B, M_F, M_g box, fused and confident seeds (H,W), 255 = unknown · F_A affinity
+             feature (B,448,h,w) · D affinity of a pair · X, E node features and edges · H^l node features of
+             layer l (B,h,w,256) · P^l attention · O class probability · K_j the points that box j selects
 Equations    (3.1) eq3_1_cam_labels    (3.2) eq3_2_grabcut    (3.3) eq3_3_box_labels    (3.4) eq3_4_fuse
              (3.5) eq3_5_confident    (3.6) eq3_6_7_pair_labels    (3.7) eq3_6_7_pair_labels
-             (3.8) eq3_8_affinity    (3.9) train_affinity    (3.10) eq3_10_affinity_loss    (3.11) window_offsets
-             (3.12) eq3_12_affinity_regularised    (3.13) eq3_13_gaussian    (3.14) eq3_14_edges
-             (3.15) eq3_15_node_features    (3.16) A2GNN    (3.17) eq3_17_18_attention    (3.18) eq3_17_18_attention
-             (3.19) A2GNN    (3.20) train_gnn    (3.21) eq3_21_cross_entropy    (3.22) eq3_22_regularised
-             (3.23) eq3_23_25_points    (3.24) eq3_23_25_points    (3.25) eq3_23_25_points
-             (3.26) eq3_26_multi_point    (3.27) eq3_27_prototypes    (3.28) eq3_28_consistency
+             (3.8) eq3_8_affinity    (3.9) train_affinity    (3.10) eq3_10_affinity_loss
+             (3.11) window_offsets    (3.12) eq3_12_affinity_regularised    (3.13) eq3_13_gaussian
+             (3.14) eq3_14_edges    (3.15) eq3_15_node_features    (3.16) A2GNN    (3.17) eq3_17_18_attention
+             (3.18) eq3_17_18_attention    (3.19) A2GNN    (3.20) train_gnn    (3.21) eq3_21_cross_entropy
+             (3.22) eq3_22_regularised    (3.23) eq3_23_25_points    (3.24) eq3_23_25_points
+             (3.25) eq3_23_25_points    (3.26) eq3_26_multi_point    (3.27) eq3_27_prototypes
+             (3.28) eq3_28_consistency
              §3.2's SEAM (its reference 57) has no numbered equations in the thesis: SEAM, seam_loss
-Figures      Fig. 3.2 = main(), left to right; Algorithm 2 = main(), top to bottom; Fig. 3.4 = eq3_17_18_attention
+Figures      Fig. 3.2 (left to right) and Algorithm 2 (top to bottom) = main(); Fig. 3.4 = eq3_17_18_attention
 Commands     python a2gnn.py                           # embedded shapes, about ten minutes on two CPU cores
              python a2gnn.py --data voc --supervision box --root data/voc       # paper: 73.8 val with CRF
              python a2gnn.py --data voc --supervision full --root data/voc      # upper bound; paper: 76.8
-             python a2gnn.py --data voc --cam-backbone resnet38 --weights FILE.params  # the paper's classifier
+             python a2gnn.py --data voc --cam-backbone resnet38 --weights FILE.params  # paper's classifier
              python a2gnn.py --predict photos/ --checkpoint runs/a2gnn-voc-box-s0/segmenter.pt
-Departures   [D1] classifier and affinity CNN: paper ResNet-38, whose weights exist only as an MXNet file; here ResNet-50
-             [D2] segmentation network: from ImageNet and trained at one scale a step; the paper's 73.8 starts from a
-                  COCO-segmentation checkpoint
-             [D3] Eq. 3.5 as printed keeps all of M_F, since each label of M_F is one of M_B; read: "= M_B" counts only
-                  where the boxes alone decide
-             [D4] the affinity CNN starts from the classifier (paper silent; the authors' from an affinity network
-                  trained on all SEAM labels)
+Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 has weights only for MXNet
+             [D2] segmentation network: from ImageNet and trained at one scale a step; the paper's 73.8 starts
+                  from a COCO-segmentation checkpoint
+             [D3] Eq. 3.5 as printed keeps all of M_F, since each label of M_F is one of M_B; read: "= M_B"
+                  counts only where the boxes alone decide
+             [D4] the affinity CNN starts from the classifier (paper silent; the authors' from an affinity
+                  network trained on all SEAM labels)
              [D5] Eqs. 3.12 and 3.22 are sums without a scale: 3.12 here the mean over pairs, 3.22 per node
-             [D6] Eq. 3.10 as printed; authors' code halves it and averages background and foreground positives apart
-                  (--split-positives)
-             [D7] affinity CNN: Euclidean r = 5 as printed (Eqs. 3.7, 3.11); graph: the authors' square window,
-                  --radius 4; the paper's full graph is --radius 0
-             [D8] Eq. 3.28: features are non-negative after Eq. 3.16, so a plain cosine never falls below 0 and the
-                  check never acts; here both features are centred on the image's mean (--consistency-cosine literal)
-             [D9] the paper's 50 + 50 epochs at lr 0.03, Eq. 3.21 and a check of phase two, anew each epoch; authors'
-                  code for boxes: 150 + 150 at 0.035, --balanced-ce, --consistency-in-place
-             [D10] SGD without momentum for SEAM and the affinity CNN: what their published optimiser really does
-             [D11] output layer of the GNN: the image's own classes (its tags) and background; the authors' has all
-             [D12] random walk of Table 3.4: starts from the CAM inside the boxes of its class, background outside
-             [D13] odd kernels centre feature cell i on pixel stride·i, and maps are enlarged so; the authors' bilinear
-                  enlargement puts it half a cell off
+             [D6] Eq. 3.10 as printed; authors' code halves it and averages background and foreground
+                  positives apart (--split-positives)
+             [D7] affinity CNN: Euclidean r = 5 as printed (Eqs. 3.7, 3.11); graph: the authors' square
+                  window, --radius 4; the paper's full graph is --radius 0
+             [D8] Eq. 3.28: cosines of non-negative features (Eq. 3.16) are never below 0, so it never acts;
+                  here both features are centred on the image's mean (--consistency-cosine literal)
+             [D9] the paper's 50 + 50 epochs at lr 0.03, Eq. 3.21 and a check of phase two, anew each epoch;
+                  authors' code for boxes: 150 + 150 at 0.035, --balanced-ce, --consistency-in-place
+             [D10] SGD without momentum for SEAM and affinity CNN: what their published optimiser really does
+             [D11] GNN's output layer: the image's own classes (its tags) and background; the authors' has all
+             [D12] random walk of Table 3.4: starts from the CAM inside its class's boxes, background outside
+             [D13] odd kernels centre feature cell i on pixel stride·i, and maps are enlarged so; the authors'
+                  bilinear enlargement puts it half a cell off
              [D14] without pretrained weights the first --cam-warmup steps train the tags alone (0 by default)
 """
 
@@ -57,10 +58,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (
-    ASPP, CRF, ConfusionMatrix, DeepLab, Run, UserError, contact_sheet, dense_crf, make_backbone, overlay, parse_args, rank,
-    poly, reduce, save_label, save_npz, world)
+    ASPP, CRF, ConfusionMatrix, DeepLab, Run, UserError, contact_sheet, dense_crf, make_backbone, overlay,
+    parse_args, rank, poly, reduce, save_label, save_npz, world)
 from data import (
-    Draws, Sample, color_jitter, crop, flip, load, normalise, read_image, read_label, rescale, resize_long, with_labels)
+    Draws, Sample, color_jitter, crop, flip, load, normalise, read_image, read_label, rescale, resize_long,
+    with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -71,7 +73,8 @@ class Args:
     """data set of data.py; shapes is drawn on the fly, workpiece is any folder of your own"""
     supervision: Literal["box", "full"] = "box"
     """what the training set may reveal; full = the same segmentation network on ground truth (upper bound)"""
-    backbone: Literal["tiny", "resnet18", "resnet50", "resnet101", "vgg16", "mobilenet_v2", "resnet38"] = "resnet101"
+    backbone: Literal[
+        "tiny", "resnet18", "resnet50", "resnet101", "vgg16", "mobilenet_v2", "resnet38"] = "resnet101"
     """segmentation network (§3.4: ResNet-101)"""
     cam_backbone: Literal[
         "same", "tiny", "resnet18", "resnet50", "resnet101", "vgg16", "mobilenet_v2", "resnet38"] = "resnet50"
@@ -82,7 +85,7 @@ class Args:
     train_list: str = "train_aug"
     """VOC: train_aug (10,582, needs SBD), train (1,464), or a file of names"""
     preset: Literal["auto", "paper", "shapes", "photos"] = "auto"
-    """small-scale defaults; auto = shapes for --data shapes, else the paper's. A flag given by hand always wins"""
+    """small-scale defaults; auto = shapes for --data shapes, else the paper's. Flags given by hand win"""
     out: str = ""
     """run folder; default runs/<method>-<data>-<supervision>-s<seed>. The same command again continues it"""
     reuse: str = ""
@@ -235,7 +238,7 @@ class Args:
     """CRF on the probabilities of GNN and random walk (authors' code)"""
     # --- 5 segmentation network (§3.4) ---
     train_on: Literal["pseudo", "pseudo_raw", "walk", "walk_crf", "seeds_F"] = "pseudo"
-    """labels of the segmentation network: A²GNN with or without CRF, random walk, or the plain box seeds M_F"""
+    """labels of the segmentation network: A²GNN with or without CRF, random walk, or plain box seeds M_F"""
     seg_steps: int = 20_000
     """DeepLab-v2's public PyTorch recipe"""
     seg_batch: int = 10
@@ -259,8 +262,8 @@ class Args:
 # What two CPU cores do in minutes; everything else as the paper.
 SHAPES = dict(
     backbone="tiny", cam_backbone="tiny", weights="none", stride=4, cam_stride=8, seg_stride=4,
-    cam_steps=1500, cam_warmup=900, cam_batch=8, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
-    aff_steps=120, aff_batch=8, hidden=64, epochs=(15, 15),
+    cam_steps=1500, cam_warmup=900, cam_batch=8, cam_lr=0.05, cam_momentum=0.9, cam_crop=96,
+    cam_resize=(96, 128), aff_steps=120, aff_batch=8, hidden=64, epochs=(15, 15),
     seg_steps=500, seg_batch=16, seg_lr=0.02, seg_crop=96, test_scales=(0.75, 1.0, 1.25))
 # A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
 PHOTOS = dict(
@@ -271,16 +274,16 @@ PHOTOS = dict(
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
-    "classifier": "data root train_list seed weights cam_backbone cam_stride cam_steps cam_warmup cam_batch cam_lr "
-                  "cam_momentum cam_crop cam_resize er_scale ecr_top weight_decay",
-    "seeds": "supervision crf cam_scales bg_low bg_high confident confident_fg confident_bg confident_crf seed_crf "
-             "grabcut_steps grabcut_min",
+    "classifier": "data root train_list seed weights cam_backbone cam_stride cam_steps cam_warmup cam_batch "
+                  "cam_lr cam_momentum cam_crop cam_resize er_scale ecr_top weight_decay",
+    "seeds": "supervision crf cam_scales bg_low bg_high confident confident_fg confident_bg confident_crf "
+             "seed_crf grabcut_steps grabcut_min",
     "affinity": "stride aff_steps aff_batch aff_lr aff_momentum aff_radius affinity_reg w_affinity_reg "
                 "split_positives seed_labels gauss_xy gauss_rgb",
     "walk": "walk_bg walk_beta walk_steps gnn_crf",
     "pseudo": "gnn nodes edges radius attention_only edge_only hidden layers beta sigma epochs gnn_lr "
-              "gnn_weight_decay dropout reg w_reg reg_radius mp_loss mp_feature consistency consistency_cosine "
-              "consistency_in_place balanced_ce",
+              "gnn_weight_decay dropout reg w_reg reg_radius mp_loss mp_feature consistency "
+              "consistency_cosine consistency_in_place balanced_ce",
     "segmenter": "backbone train_on seg_steps seg_batch seg_lr seg_crop seg_rescale seg_stride",
 }.items()}
 
@@ -341,10 +344,10 @@ class AffinityNet(nn.Module):
 
 
 class Window:
-    """The graph's neighbourhoods as dense tiles: an h x w grid is cut into tiles of t x t nodes, t = 2r (the queries);
-    all nodes within r of any of them lie in 2t x 2t nodes around the tile (the keys). A (2r+1)² window thus costs small
-    dense products and never N x N. r = 0 is the full graph: one tile, all nodes are keys. Nodes beyond the grid are
-    zeros; who connects with whom is said by the edges.
+    """The graph's neighbourhoods as dense tiles: an h x w grid is cut into tiles of t x t nodes, t = 2r (the
+    queries); all nodes within r of any of them lie in 2t x 2t nodes around the tile (the keys). A (2r+1)²
+    window thus costs small dense products and never N x N. r = 0 is the full graph: one tile, all nodes are
+    keys. Nodes beyond the grid are zeros; who connects with whom is said by the edges.
     """
 
     def __init__(self, h, w, r):
@@ -379,15 +382,16 @@ class Window:
 
 
 class A2GNN(nn.Module):
-    """B affinity attention networks side by side (Eqs. 3.16–3.19), one per image, each with its own parameters.
+    """B affinity attention networks side by side (Eqs. 3.16–3.19), one per image, each with own parameters.
 
     forward(x (B,h,w,D), edges (B,T,q,k), window, keep (B,h,w,hidden) dropout factors or None)
     ->  H^{L+1} (B,h,w,hidden), logits (B,h,w,C).
-    generators: one torch.Generator per image draws its initial parameters, whatever its neighbours in the batch;
+    generators: one torch.Generator per image draws its initial parameters, whatever else is in the batch;
     classes: number of output classes of each image, C is the largest.
     """
 
-    def __init__(self, generators, dim, classes, hidden, layers, beta, kind="a2gnn", use_cos=True, use_edge=True):
+    def __init__(self, generators, dim, classes, hidden, layers, beta, kind="a2gnn", use_cos=True,
+                 use_edge=True):
         super().__init__()
         self.kind, self.beta, self.layers = kind, beta, layers
         self.use_cos, self.use_edge = use_cos, use_edge and kind == "a2gnn"
@@ -418,7 +422,8 @@ class A2GNN(nn.Module):
             elif self.kind == "gat":
                 H = F.elu(gat_layer(H, edges, self.al[i], window))
             else:
-                H = eq3_17_18_attention(H, edges, self.w[:, i], self.beta, window, self.use_cos, self.use_edge)
+                H = eq3_17_18_attention(H, edges, self.w[:, i], self.beta, window, self.use_cos,
+                                        self.use_edge)
         return H, (H.flatten(1, 2) @ self.W).unflatten(1, x.shape[1:3])  # Eq. (3.19), softmax in the loss
 
 
@@ -431,8 +436,8 @@ def minmax(cam):
 
 
 def pixel_correlation(cam, feature):
-    """Pixel-correlation module: each pixel's class scores become the mean over all pixels, weighted by the positive part
-    of the cosine of their features. Only each pixel's best class speaks.
+    """Pixel-correlation module: each pixel's class scores become the mean over all pixels, weighted by the
+    positive part of the cosine of their features. Only each pixel's best class speaks.
 
     cam (B,K,h,w) without gradient, feature (B,192,h,w) -> (B,K,h,w)
     """
@@ -448,8 +453,8 @@ def pixel_correlation(cam, feature):
 def seam_loss(full, small, tags, ecr_top):
     """L_cls, L_ER, L_ECR.   full, small: (cam, refined) at scale 1 and er_scale; tags (B,K) float
 
-    L_ER: L1 between the CAMs of both scales. L_ECR: L1 between each scale's refined CAM and the other scale's plain one,
-    counting its largest 20 % only.
+    L_ER: L1 between the CAMs of both scales. L_ECR: L1 between each scale's refined CAM and the other scale's
+    plain one, counting its largest 20 % only.
     """
     (cam1, refined1), (cam2, refined2) = full, small
     loss_cls = sum(F.multilabel_soft_margin_loss(cam.mean((2, 3)), tags) for cam in (cam1, cam2)) / 2
@@ -475,10 +480,10 @@ def hardest(difference, share):
 
 
 def lerp_matrix(pixels, nodes, stride, shape, device, scale=1.0):
-    """Bilinear weights that enlarge one axis. Feature cell i lies at pixel stride·i of the image that the network saw,
-    which was `scale` times the original [D13]; beyond the first and the last cell their values are repeated.
+    """Bilinear weights that enlarge one axis. Feature cell i lies at pixel stride·i of the image the network
+    saw, which was `scale` times the original [D13]; beyond the first and last cell their values are repeated.
 
-    pixels, nodes: the image's own numbers; shape: (rows, columns) of the padded matrix, at least these -> float32
+    pixels, nodes: the image's own; shape: (rows, columns) of the padded matrix, at least these -> float32
     """
     index = torch.arange(pixels, device=device)
     place = (((index + 0.5) * scale - 0.5) / stride).clamp(0, nodes - 1)
@@ -527,8 +532,8 @@ def with_background(cam, exponent):
 
 
 def eq3_1_cam_labels(crf_low, crf_high):
-    """Eq. (3.1): M_I. Foreground where it wins against the large background, background where it wins against the small
-    one, else 255.
+    """Eq. (3.1): M_I. Foreground where it wins against the large background, background where it wins against
+    the small one, else 255.
 
     crf_low, crf_high (K+1,H,W): CRF probabilities of the CAM with exponents bg_low and bg_high -> (H,W) uint8
     """
@@ -537,8 +542,8 @@ def eq3_1_cam_labels(crf_low, crf_high):
 
 
 def confident_cam_labels(M_I, cam, crf_low, crf_high, bg_exponent, share, fg, bg, crf_prob):
-    """§3.3.2: M'_I keeps a pixel of M_I where the CRF is sure of it and the CAM ranks it in its class's top `share`
-    (background: scores it above `bg`).   -> (H,W) uint8"""
+    """§3.3.2: M'_I keeps a pixel of M_I where the CRF is sure of it and the CAM ranks it in its class's top
+    `share` (background: scores it above `bg`).   -> (H,W) uint8"""
     scores = with_background(cam, bg_exponent)
     winner = scores.argmax(0)
     sure = (M_I == 0) & (scores[0] > bg) & (crf_high[0] >= crf_prob)
@@ -551,7 +556,7 @@ def confident_cam_labels(M_I, cam, crf_low, crf_high, bg_exponent, share, fg, bg
 
 
 def pixel_box(box, H, W):
-    """[c, x0, y0, x1, y1] floats -> class, slice of rows, slice of columns inside the image; at least one pixel."""
+    """[c, x0, y0, x1, y1] floats -> class, slices of rows and columns in the image; at least one pixel."""
     c, x0, y0, x1, y1 = box
     x0, y0 = max(0, min(int(np.floor(x0)), W - 1)), max(0, min(int(np.floor(y0)), H - 1))
     x1, y1 = min(W, max(int(np.ceil(x1)), x0 + 1)), min(H, max(int(np.ceil(y1)), y0 + 1))
@@ -561,8 +566,8 @@ def pixel_box(box, H, W):
 def eq3_2_grabcut(image, box, steps, minimum):
     """Eq. (3.2): the pixels that GrabCut calls foreground inside one box.   image (H,W,3) uint8 -> (H,W) bool
 
-    The whole box where GrabCut finds next to nothing (IoU with the box below `minimum`), has no background to learn
-    from, or has fewer than 16 pixels to learn from.
+    The whole box where GrabCut finds next to nothing (IoU with the box below `minimum`), has no background to
+    learn from, or has fewer than 16 pixels to learn from.
     """
     import cv2
 
@@ -620,13 +625,13 @@ def window_offsets(radius):
 
 
 def shifted(x, dy, dx):
-    """Both ends of all pairs (i, i + (dy,dx)) inside the map, dy ≥ 0.   (B,h,w,…) -> two views of equal shape"""
+    """Both ends of all pairs (i, i + (dy,dx)) in the map, dy ≥ 0.   (B,h,w,…) -> two views of equal shape"""
     h, w = x.shape[1:3]
     return x[:, :h - dy, max(0, -dx):w - max(0, dx)], x[:, dy:, max(0, dx):w - max(0, -dx)]
 
 
 class PairDistance(torch.autograd.Function):
-    """‖F_A(i) − F_A(j)‖₁ / d_A of all pairs, offset by offset: memory stays that of one offset, also backward.
+    """‖F_A(i) − F_A(j)‖₁ / d_A of all pairs, offset by offset: memory is that of one offset, also backward.
 
     feature (B,h,w,C) contiguous, offsets -> (B,P), the P pairs in the order of the offsets
     """
@@ -676,7 +681,7 @@ def masked_mean(value, mask):
 
 
 def eq3_10_affinity_loss(distance, L_A, first, split=False):
-    """Eq. (3.10): −mean log D over A⁺ − mean log(1 − D) over A⁻.   all (B,P); [D6] split: the authors' balance"""
+    """Eq. (3.10): −mean log D over A⁺ − mean log(1 − D) over A⁻.   all (B,P); [D6] split: authors' balance"""
     near = distance                                                                     # −log D
     far = -torch.log(-torch.expm1(-distance.clamp_min(1e-5)))  # −log(1 − D), finite at D = 1
     if split:
@@ -691,7 +696,7 @@ def eq3_13_gaussian(squared_xy, squared_rgb, sigma_xy, sigma_rgb):
 
 
 def eq3_12_affinity_regularised(distance, colour, offsets, sigma_xy, sigma_rgb):
-    """Eq. (3.12): mean over all pairs of G(i,j) ‖F_A(i) − F_A(j)‖₁ / d_A.   [D5] distance (B,P), colour (B,h,w,3)"""
+    """Eq. (3.12): mean_ij G(i,j) ‖F_A(i) − F_A(j)‖₁ / d_A.   [D5] distance (B,P), colour (B,h,w,3)"""
     G = []
     for dy, dx in offsets:
         a, b = shifted(colour, dy, dx)
@@ -701,7 +706,7 @@ def eq3_12_affinity_regularised(distance, colour, offsets, sigma_xy, sigma_rgb):
 
 
 def cell_colours(image, stride):
-    """Colour around each feature cell: mean over an odd window centred on pixel stride·i.   (B,3,H,W) -> (B,3,h,w)"""
+    """Colour of a feature cell: mean of an odd window centred on pixel stride·i.   (B,3,H,W) -> (B,3,h,w)"""
     return F.avg_pool2d(image, stride + 1, stride, stride // 2, count_include_pad=False)
 
 
@@ -720,13 +725,14 @@ def eq3_15_node_features(x):
 @torch.no_grad()
 def image_to_graph(net, image, stride, nodes, edges, device):
     """One image as nodes (Fig. 3.3), not yet joined by edges.   image (H,W,3) uint8 -> namespace of
-    x (h,w,D) node features · f (h,w,d) features that D compares · colour (h,w,3) · place (h,w,2) position on the grid ·
-    valid (h,w,1) · adjacent (N,N) or None · pixels: (rows, columns) of `enlarge`, or for superpixels an index (H,W).
+    x (h,w,D) node features · f (h,w,d) features D compares · colour (h,w,3) · place (h,w,2) grid position ·
+    valid (h,w,1) · adjacent (N,N) or None · pixels: (rows, columns) of `enlarge`, or superpixel index (H,W).
     """
     image_t = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
     F_A, X = net(image_t)
     (h, w), (H, W) = F_A.shape[-2:], image.shape[:2]
-    place = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")).float().to(device)[None]
+    place = torch.stack(
+        torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")).float().to(device)[None]
     rows, columns = lerp_matrix(H, h, stride, (H, h), device), lerp_matrix(W, w, stride, (W, w), device)
     maps = dict(x=X, f=F_A if edges == "affinity" else X, colour=cell_colours(image_t, stride), place=place)
     if nodes == "pixel":
@@ -748,7 +754,7 @@ def mean_by_index(values, index, n):
 
 
 def superpixels(image, number):
-    """SLIC (scikit-image) as GraphNet's nodes (Table 3.6).   -> index (H,W) from 0, adjacency (N,N) bool with self"""
+    """SLIC as GraphNet's nodes (Table 3.6).   -> index (H,W) from 0, adjacency (N,N) bool with self"""
     from skimage.segmentation import slic
 
     index = slic(image, n_segments=number, compactness=10, start_label=0)
@@ -762,7 +768,7 @@ def superpixels(image, number):
 class Pairs:
     """All pairs of nodes of B graphs on a common, padded grid that are connected, as tiles of a Window.
 
-    near (B,T,q,k) bool: at most `radius` apart (square window, or Euclidean), superpixels: touching; radius 0: all
+    near (B,T,q,k) bool: at most `radius` apart (square or Euclidean); superpixels: touching; radius 0: all
     place (B,T,q,k): squared distance on the grid
     """
 
@@ -778,7 +784,8 @@ class Pairs:
             touching = [F.pad(g.adjacent, (0, w - len(g.adjacent), 0, w - len(g.adjacent))) for g in graphs]
             self.near &= torch.stack(touching)[:, None]
         elif radius > 0:
-            self.near &= (self.place <= radius**2) if euclidean else (torch.maximum(dy.abs(), dx.abs()) <= radius)
+            self.near &= ((self.place <= radius**2) if euclidean else
+                          (torch.maximum(dy.abs(), dx.abs()) <= radius))
 
     def padded(self, key):
         """(B,h,w,C) of one attribute of the graphs, 0 beyond each graph's own grid."""
@@ -809,7 +816,7 @@ def random_walk(score, affinity, window, steps):
 
 # ── A²GNN (§3.3.4, §3.3.5): one value per image from each loss, (B,), since each image has its own network ──
 def eq3_17_18_attention(H, E, w, beta, window, use_cos=True, use_edge=True):
-    """Eqs. (3.17), (3.18): H^{l+1} = P H^l, P(i,j) = softmax_{j∈S(i)} ( w cos(H_i,H_j) + β [cos(H_i,H_j) > 0] E_ij ).
+    """Eqs. (3.17), (3.18): H^{l+1} = P H^l, P(i,j) = softmax_{j∈S(i)} (w cos(H_i,H_j) + β [cos > 0] E_ij).
 
     H (B,h,w,d), E (B,T,q,k) with 0 for j ∉ S(i), w (B,) -> (B,h,w,d)
     """
@@ -838,7 +845,7 @@ def gat_layer(H, E, a, window):
 
 
 def eq3_21_cross_entropy(log_O, M_g, balanced=False):
-    """Eq. (3.21): −mean over labelled pixels of log O.   log_O (B,C,H,W), M_g (B,H,W)   [D9] balanced: fg and bg apart"""
+    """Eq. (3.21): −mean log O where labelled; [D9] balanced: fg, bg apart.   log_O (B,C,H,W), M_g (B,H,W)"""
     nll = -log_O.gather(1, M_g.clamp_max(log_O.shape[1] - 1)[:, None])[:, 0]
     sets = ((M_g == 0), (M_g > 0) & (M_g != 255)) if balanced else (M_g != 255,)
     return sum((nll * s).sum((1, 2)) / s.sum((1, 2)).clamp_min(1) for s in sets)
@@ -854,7 +861,7 @@ def eq3_22_regularised(O, G, window, nodes):
 
 
 def inside_boxes(boxes, H, W):
-    """boxes (M,6) long [image, class, x0, y0, x1, y1] -> rows (M,H) and columns (M,W) that each box covers, bool"""
+    """boxes (M,6) long [image, class, x0, y0, x1, y1] -> each box's rows (M,H) and columns (M,W), bool"""
     _, _, x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
     Y, X = torch.arange(H, device=boxes.device), torch.arange(W, device=boxes.device)
     return (Y >= y0) & (Y < y1), (X >= x0) & (X < x1)
@@ -862,7 +869,7 @@ def inside_boxes(boxes, H, W):
 
 @torch.no_grad()
 def eq3_23_25_points(O, boxes):
-    """Eqs. (3.23)–(3.25): in each row and column of each box the pixel where the box's class is most probable.
+    """Eqs. (3.23)–(3.25): in each row and column of a box the pixel where the box's class is most probable.
 
     O (B,C,H,W), boxes (M,6) -> y, x, valid (M,H+W): first one point per row, then one per column
     """
@@ -874,9 +881,9 @@ def eq3_23_25_points(O, boxes):
 
 
 def eq3_26_multi_point(log_O, H_points, boxes, points, feature=True):
-    """Eq. (3.26): −mean log O^{B_j} over the points + mean of 1 − cos(H_m,H_n) over all pairs of points of one box.
+    """Eq. (3.26): −mean log O^{B_j} over points + mean of 1 − cos(H_m,H_n) over all pairs of a box's points.
 
-    H_points (M,P,d) features at the points. Σ_mn cos = ‖Σ_m H_m/‖H_m‖‖², so the pairs cost no more than the points.
+    H_points (M,P,d) features at the points. Σ_mn cos = ‖Σ_m H_m/‖H_m‖‖², so pairs cost no more than points.
     """
     y, x, valid = points
     image, c, n = boxes[:, 0], boxes[:, 1], valid.sum(1).float()
@@ -900,10 +907,10 @@ def eq3_27_prototypes(H_points, valid):
 
 @torch.no_grad()
 def eq3_28_consistency(M_g, product, boxes):
-    """Eq. (3.28): a seed of the box's class inside the box becomes 255 where its cosine with the prototype is not above 0.
+    """Eq. (3.28): a seed of a box's class in the box becomes 255 where its cosine with the prototype is ≤ 0.
 
-    M_g (B,H,W); product (M,H,W): inner product of each pixel's feature with the box's prototype, which has the cosine's
-    sign -> (B,H,W)
+    M_g (B,H,W); product (M,H,W): inner product of each pixel's feature with the box's prototype, which has
+    the cosine's sign -> (B,H,W)
     """
     image, c = boxes[:, 0], boxes[:, 1, None, None]
     rows, columns = inside_boxes(boxes, *M_g.shape[1:])
@@ -914,14 +921,15 @@ def eq3_28_consistency(M_g, product, boxes):
 
 # ── Training ────────────────────────────────────────────────────────────────────────────────────────────────
 def group_rates(net, new_layers, lr, weight_decay):
-    """Optimiser groups of the PSA family: backbone weights x1, biases x2, new layers x10, their biases x20."""
+    """Optimiser groups of the PSA family: backbone weights x1, biases x2, new layers x10, biases x20."""
     new = {id(p) for layer in new_layers for p in layer.parameters()}
     groups = {}
     for name, p in net.named_parameters():
         if p.requires_grad:
             factor = (10 if id(p) in new else 1) * (2 if name.endswith("bias") else 1)
             groups.setdefault(factor, []).append(p)
-    return [{"params": params, "lr": lr * factor, "weight_decay": weight_decay} for factor, params in groups.items()]
+    return [{"params": params, "lr": lr * factor, "weight_decay": weight_decay}
+            for factor, params in groups.items()]
 
 
 def pretrained(backbone, weights):
@@ -938,10 +946,12 @@ def train_classifier(args, run, train_set):
 
     run.reseed("classifier")
     frozen = pretrained(args.cam_backbone, args.weights)
-    net = SEAM(make_backbone(args.cam_backbone, args.weights, args.cam_stride, frozen), len(train_set.classes))
+    net = SEAM(make_backbone(args.cam_backbone, args.weights, args.cam_stride, frozen),
+               len(train_set.classes))
     ddp = run.place(net).train()
-    optim = torch.optim.SGD(group_rates(net, net.new_layers if frozen else [], args.cam_lr, args.weight_decay),
-                            lr=args.cam_lr, momentum=args.cam_momentum)
+    optim = torch.optim.SGD(
+        group_rates(net, net.new_layers if frozen else [], args.cam_lr, args.weight_decay),
+        lr=args.cam_lr, momentum=args.cam_momentum)
     draws, schedule = Draws(train_set, augment, args.seed), poly(args.cam_steps)
     for step, batch in run.steps("classifier", draws, args.cam_steps, args.cam_batch, net, optim, schedule):
         small = F.interpolate(batch.image, scale_factor=args.er_scale, mode="bilinear", align_corners=False)
@@ -962,23 +972,25 @@ def write_seeds(args, run, net, train_set):
         for names in run.todo(train_set.names, "seeds", chunk=16, stage="seeds", beside=("cam", "seeds_F")):
             samples = [train_set[train_set.index(name)] for name in names]
             images = [s.image for s in samples]
-            cams = [multi_scale_cam(net, s.image, s.tags, args.cam_scales, args.cam_stride, run.device) for s in samples]
-            low, high = (dense_crf(images, [with_background(cam, exponent) for cam in cams], args.seed_crf, args.crf,
-                                   args.workers) for exponent in (args.bg_low, args.bg_high))
+            cams = [multi_scale_cam(net, s.image, s.tags, args.cam_scales, args.cam_stride, run.device)
+                    for s in samples]
+            low, high = (dense_crf(images, [with_background(cam, exponent) for cam in cams], args.seed_crf,
+                                   args.crf, args.workers) for exponent in (args.bg_low, args.bg_high))
             for s, cam, crf_low, crf_high in zip(samples, cams, low, high):
                 M_I = eq3_1_cam_labels(crf_low, crf_high)
                 sure = confident_cam_labels(M_I, cam, crf_low, crf_high, args.bg_high, args.confident,
                                             args.confident_fg, args.confident_bg, args.confident_crf)
                 M_F, M_g = box_seeds(s, M_I, sure, args.grabcut_steps, args.grabcut_min, pool)
                 present = np.flatnonzero(s.tags)
-                save_npz(run.path("cam", s.name, ".npz"), cam=cam[present].astype(np.float16), present=present)
+                save_npz(run.path("cam", s.name, ".npz"), cam=cam[present].astype(np.float16),
+                         present=present)
                 save_label(run.path("seeds_F", s.name), M_F)
                 save_label(run.path("seeds", s.name), M_g)
 
 
 def box_seeds(sample, M_I, M_I_confident, steps, minimum, pool):
-    """§3.2, §3.3.2: M_F and M_g of one image from its boxes. (Other weak labels have other rules, §3.6.1, and the same
-    two outputs.)"""
+    """§3.2, §3.3.2: M_F and M_g of one image from its boxes. (Other weak labels have other rules, §3.6.1, and
+    the same two outputs.)"""
     H, W = M_I.shape
     masks = list(pool.map(lambda box: eq3_2_grabcut(sample.image, box, steps, minimum), sample.boxes))
     M_B, owner = eq3_3_box_labels(sample.boxes, masks, H, W)
@@ -1035,7 +1047,7 @@ SEEDS = {"M_g": "seeds", "M_F": "seeds_F"}                                      
 
 @torch.no_grad()
 def write_walk(args, run, net, train_set):
-    """Table 3.4's RW: random walk of the CAM inside the boxes [D12].   Writes walk/*.png and walk_crf/*.png"""
+    """Table 3.4's RW: random walk of the CAM inside the boxes [D12].   Writes walk/*.png, walk_crf/*.png"""
     with run.timed("walk"):
         for names in run.todo(train_set.names, "walk_crf", chunk=16, stage="walk", beside=("walk",)):
             samples = [train_set[train_set.index(name)] for name in names]
@@ -1067,9 +1079,10 @@ def make_graphs(args, net, samples, seeds, device):
     """B images and their seeds (H,W) -> all that train_gnn needs, padded to common sizes."""
     graphs = [image_to_graph(net, s.image, args.stride, args.nodes, args.edges, device) for s in samples]
     pairs, reg = Pairs(graphs, args.radius), Pairs(graphs, args.reg_radius)
-    G = eq3_13_gaussian(reg.place, reg.squared_colour(), args.gauss_xy, args.gauss_rgb) * (reg.near & (reg.place > 0))
+    G = (eq3_13_gaussian(reg.place, reg.squared_colour(), args.gauss_xy, args.gauss_rgb)
+         * (reg.near & (reg.place > 0)))
     valid, sizes = pairs.padded("valid"), [graph.size for graph in graphs]
-    classes = [np.concatenate([[0], np.flatnonzero(s.tags) + 1]) for s in samples]  # of each output layer [D11]
+    classes = [np.concatenate([[0], np.flatnonzero(s.tags) + 1]) for s in samples]  # per output layer [D11]
     C = max(map(len, classes))
     local = np.full((len(samples), 256), 255)  # label -> output channel
     for b, own in enumerate(classes):
@@ -1082,14 +1095,16 @@ def make_graphs(args, net, samples, seeds, device):
              for box in s.boxes for _, y, x in [pixel_box(box, *sizes[b])]]
     return SimpleNamespace(
         graphs=graphs, sizes=sizes, classes=classes, shape=(H, W), x=pairs.padded("x"), valid=valid,
-        nodes=valid.sum((1, 2, 3)), window=pairs.window, edges=eq3_14_edges(pairs.distance(), pairs.near, args.sigma),
-        reg_window=reg.window, G=G, stride=args.stride, seeds=torch.tensor(labels, device=device),
-        boxes=torch.tensor(boxes, dtype=torch.long, device=device).view(-1, 6), **pixel_maps(graphs, *valid.shape[1:3], H, W),
+        nodes=valid.sum((1, 2, 3)), window=pairs.window,
+        edges=eq3_14_edges(pairs.distance(), pairs.near, args.sigma), reg_window=reg.window, G=G,
+        stride=args.stride, seeds=torch.tensor(labels, device=device),
+        boxes=torch.tensor(boxes, dtype=torch.long, device=device).view(-1, 6),
+        **pixel_maps(graphs, *valid.shape[1:3], H, W),
         absent=torch.tensor([[-1e9 * (c >= len(own)) for c in range(C)] for own in classes], device=device))
 
 
 def pixel_maps(graphs, h, w, H, W):
-    """How nodes become pixels, padded: {rows (B,H,h), columns (B,W,w)}, or {index (B,H,W)} for superpixels."""
+    """How nodes become pixels, padded: {rows (B,H,h), columns (B,W,w)}, for superpixels {index (B,H,W)}."""
     def stacked(matrices, height, width):
         return torch.stack([F.pad(m, (0, width - m.shape[1], 0, height - m.shape[0])) for m in matrices])
 
@@ -1100,12 +1115,13 @@ def pixel_maps(graphs, h, w, H, W):
 
 
 def to_pixels(g, nodes, image=None):
-    """Node maps (B,h,w,C) of a chunk of graphs -> (B,C,H,W).   image (M,): nodes (M,h,w,C) belong to these images"""
+    """Node maps (B,h,w,C) of a chunk of graphs -> (B,C,H,W).   image (M,): nodes (M,h,w,C) of these images"""
     image = slice(None) if image is None else image
     nodes = nodes.permute(0, 3, 1, 2)
     if hasattr(g, "index"):
         index = g.index[image]
-        return nodes.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, nodes.shape[1], -1)).unflatten(2, g.shape)
+        return nodes.flatten(2).gather(
+            2, index.flatten(1)[:, None].expand(-1, nodes.shape[1], -1)).unflatten(2, g.shape)
     return enlarge(nodes, g.rows[image], g.columns[image])
 
 
@@ -1130,10 +1146,11 @@ def at_points(g, H, y, x):
 
 
 def train_gnn(args, g, names):
-    """§3.3.5: one A²GNN per image, trained from scratch in two phases, Eq. (3.20).   -> probabilities (B,C,H,W)"""
-    generators = [torch.Generator(g.x.device).manual_seed(zlib.crc32(f"{args.seed} {name}".encode())) for name in names]
-    net = A2GNN(generators, g.x.shape[-1], list(map(len, g.classes)), args.hidden, args.layers, args.beta, args.gnn,
-                use_cos=not args.edge_only, use_edge=not args.attention_only)
+    """§3.3.5: one A²GNN per image, trained from scratch in two phases, Eq. (3.20).   -> O (B,C,H,W)"""
+    generators = [torch.Generator(g.x.device).manual_seed(zlib.crc32(f"{args.seed} {name}".encode()))
+                  for name in names]
+    net = A2GNN(generators, g.x.shape[-1], list(map(len, g.classes)), args.hidden, args.layers, args.beta,
+                args.gnn, use_cos=not args.edge_only, use_edge=not args.attention_only)
     optim = torch.optim.Adam(net.parameters(), lr=args.gnn_lr, weight_decay=args.gnn_weight_decay)
     seeds = g.seeds
     for epoch in range(sum(args.epochs)):
@@ -1161,7 +1178,7 @@ def train_gnn(args, g, names):
 
 
 def dropout_factors(g, generators, hidden, p):
-    """Dropout of each image from its own generator, whatever its neighbours in the batch.   -> (B,h,w,hidden)"""
+    """Dropout of each image from its own generator, whatever else is in the batch.   -> (B,h,w,hidden)"""
     h, w = g.valid.shape[1:3]
     factors = []
     for graph, generator in zip(g.graphs, generators):
@@ -1172,9 +1189,9 @@ def dropout_factors(g, generators, hidden, p):
 
 
 def prototype_products(g, H, H_points, valid, cosine):
-    """Inner products of each box's prototype (Eq. 3.27) with the features of its image, at all pixels: (M,H,W).
+    """Inner products of each box's prototype (Eq. 3.27) with its image's features, at all pixels: (M,H,W).
 
-    It is linear in the features, so it may be taken at the nodes and enlarged. centred [D8]: both minus the image's mean
+    Linear in the features, so taken at the nodes and enlarged. centred [D8]: both minus the image's mean
     """
     prototype, image = eq3_27_prototypes(H_points, valid), g.boxes[:, 0]
     if cosine == "centred":
@@ -1185,9 +1202,10 @@ def prototype_products(g, H, H_points, valid, cosine):
 
 
 def write_pseudo(args, run, net, train_set):
-    """One A²GNN per image, `batch_images` of them side by side; then CRF.   Writes pseudo_raw/*.png and pseudo/*.png"""
+    """One A²GNN per image, `batch_images` side by side; then CRF.   Writes pseudo_raw/*.png, pseudo/*.png"""
     with run.timed("pseudo"):
-        for names in run.todo(train_set.names, "pseudo", args.batch_images, stage="pseudo", beside=("pseudo_raw",)):
+        for names in run.todo(train_set.names, "pseudo", args.batch_images, stage="pseudo",
+                              beside=("pseudo_raw",)):
             names = [names] if isinstance(names, str) else names
             samples = [train_set[train_set.index(name)] for name in names]
             seeds = [read_label(run.path(SEEDS[args.seed_labels], name), train_set.classes) for name in names]
@@ -1216,7 +1234,8 @@ def train_segmenter(args, run, train_set):
     net = make_segmenter(args.backbone, args.weights, args.seg_stride, len(train_set.classes))
     ddp = run.place(net).train()
     new_layers = [net.head] if pretrained(args.backbone, args.weights) else []
-    optim = torch.optim.SGD(group_rates(net, new_layers, args.seg_lr, args.weight_decay), lr=args.seg_lr, momentum=0.9)
+    optim = torch.optim.SGD(group_rates(net, new_layers, args.seg_lr, args.weight_decay),
+                            lr=args.seg_lr, momentum=0.9)
     full = args.supervision == "full"
     labelled = train_set if full else with_labels(train_set, pseudo=run.dir / args.train_on)
     draws, schedule = Draws(labelled, augment, args.seed), poly(args.seg_steps)
@@ -1236,7 +1255,7 @@ def train_segmenter(args, run, train_set):
 # ── Evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
 @torch.no_grad()
 def predict(net, image, scales, device):
-    """Class probabilities, averaged over scales and mirror images.   image (H,W,3) uint8 -> (K+1,H,W) float32"""
+    """Class probabilities, mean over scales and mirror images.   image (H,W,3) uint8 -> (K+1,H,W) float32"""
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
     total = 0
     for scale in scales:
@@ -1267,33 +1286,37 @@ def confusion_of(dataset, label_of):
 
 
 def evaluate_labels(args, run, split):
-    """Scores what the stages wrote against ground truth: the only place that sees masks of weakly supervised images."""
+    """Scores what the stages wrote. Only here and in save_panels are masks of weakly supervised images seen."""
     truth = load(args, split, masks=True)
-    if rank() > 0:
+    if rank() > 0 or "mask" not in truth.fields:                                        # own data may have no masks
         return
 
     def written(folder):
         return confusion_of(truth, lambda s: read_label(run.path(folder, s.name), truth.classes))
 
-    common = dict(split=split, n_images=len(truth), uses_masks=True)
+    def result(stage, confusion, timed, **values):
+        run.result(stage, confusion, split=split, n_images=len(truth), uses_masks=True,
+                   seconds=round(sum(map(run.seconds, timed)), 1), notes=truth.notes, **values)
+
     if split == "val":
         for stage in ("val", "val_crf"):
-            run.result(stage, written(stage), crf=stage == "val_crf", scales=args.test_scales, **common)
+            result(stage, written(stage), ("segmenter", "val"), crf=stage == "val_crf", scales=args.test_scales)
         return
-    cam = confusion_of(truth, lambda s: with_background(read_cam(run, s.name, len(truth.classes)), args.bg_low).argmax(0))
-    run.result("cam", cam, crf=False, scales=args.cam_scales, **common)
+    cam = confusion_of(truth, lambda s: with_background(
+        read_cam(run, s.name, len(truth.classes)), args.bg_low).argmax(0))
+    result("cam", cam, ["classifier"], crf=False, scales=args.cam_scales)
     M_F, M_g = written("seeds_F"), written("seeds")
     control = confusion_of(truth, lambda s: seeds_with_crf(
         s, read_label(run.path("seeds_F", s.name), truth.classes), args.gnn_crf, args.crf))
-    run.result("seed", M_F, crf=True, scales=args.cam_scales, precision=M_F.precision(), coverage=M_F.coverage(),
-               miou_confident=M_g.miou(), precision_confident=M_g.precision(), coverage_confident=M_g.coverage(),
-               miou_crf_control=control.miou(), **common)
-    run.result("walk", written("walk"), crf=False, scales=args.cam_scales, miou_crf=written("walk_crf").miou(), **common)
-    run.result("pseudo", written("pseudo"), crf=True, scales=[1.0], miou_no_crf=written("pseudo_raw").miou(), **common)
+    result("seed", M_F, ["seeds"], crf=True, precision=M_F.precision(), coverage=M_F.coverage(),
+           miou_confident=M_g.miou(), precision_confident=M_g.precision(), coverage_confident=M_g.coverage(),
+           miou_crf_control=control.miou())
+    result("walk", written("walk"), ["affinity", "walk"], crf=False, miou_crf=written("walk_crf").miou())
+    result("pseudo", written("pseudo"), ["pseudo"], crf=True, miou_no_crf=written("pseudo_raw").miou())
 
 
 def seeds_with_crf(sample, seed, crf, backend):
-    """Control: the box seeds and a CRF, nothing else; a labelled pixel starts at 0.7, an unknown one even.   -> (H,W)"""
+    """Control: box seeds and a CRF only; a labelled pixel starts at 0.7, an unknown one even.   -> (H,W)"""
     present = np.concatenate([[0], np.flatnonzero(sample.tags) + 1])
     prob = np.full((len(present), *seed.shape), 1 / len(present))
     for i, c in enumerate(present):
@@ -1304,13 +1327,15 @@ def seeds_with_crf(sample, seed, crf, backend):
 
 def save_panels(args, run, split):
     """panels/<split>.png: contact sheet of the first 16 images, one row each."""
-    columns = {"seeds_F": "seed M_F", "seeds": "seed M_g", "walk": "walk", "pseudo_raw": "A2GNN", "pseudo": "A2GNN + CRF"} \
-        if split == "train" else {"val": "prediction", "val_crf": "prediction + CRF"}
+    columns = ({"seeds_F": "seed M_F", "seeds": "seed M_g", "walk": "walk", "pseudo_raw": "A2GNN",
+                "pseudo": "A2GNN + CRF"} if split == "train" else
+               {"val": "prediction", "val_crf": "prediction + CRF"})
     truth, rows = load(args, split, masks=True), []
     for sample in (truth[i] for i in range(min(16, len(truth)))):
         cam = [read_cam(run, sample.name, len(truth.classes)).max(0)] if split == "train" else []
         labels = [read_label(run.path(folder, sample.name), truth.classes) for folder in columns]
-        rows.append([sample.image, *cam, *(overlay(sample.image, label) for label in (*labels, sample.mask))])
+        labels += [sample.mask] if hasattr(sample, "mask") else []
+        rows.append([sample.image, *cam, *(overlay(sample.image, label) for label in labels)])
     titles = ["image", *(["CAM"] if split == "train" else []), *columns.values(), "ground truth"]
     contact_sheet(run.path("panels", split), rows, titles)
 
@@ -1318,7 +1343,8 @@ def save_panels(args, run, split):
 def predict_folder(args, run):
     """--predict: masks and overlays of a picture or a folder, by the segmentation network of --checkpoint."""
     if not Path(args.checkpoint).is_file():
-        raise UserError(f"--predict needs the checkpoint of a segmentation network: --checkpoint {args.checkpoint!r} is no file")
+        raise UserError("--predict needs the checkpoint of a segmentation network: "
+                        f"--checkpoint {args.checkpoint!r} is no file")
     state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
     classes = [v for k, v in state["model"].items() if k.startswith("head.")][-1].shape[0] - 1
     net = make_segmenter(state["args"]["backbone"], "none", state["args"]["seg_stride"], classes)
@@ -1331,7 +1357,8 @@ def predict_folder(args, run):
         prob = predict(net, image, args.test_scales, run.device)
         label = dense_crf([image], [prob], args.seg_crf, args.crf)[0].argmax(0)
         save_label(run.path("predict", file.stem), label)
-        contact_sheet(run.path("predict", f"{file.stem}_overlay"), [[image, overlay(image, label)]], ["image", "prediction"])
+        contact_sheet(run.path("predict", f"{file.stem}_overlay"), [[image, overlay(image, label)]],
+                      ["image", "prediction"])
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -50,6 +50,14 @@ class UserError(SystemExit):
     """A mistake that the user can mend: ends the program with one sentence instead of a traceback."""
 
 
+def short_errors(kind, error, trace):
+    """sys.excepthook: a data.DataError, also a loader process's, ends with its sentence instead of a traceback."""
+    if kind.__name__ == "DataError":
+        print(str(error).strip().splitlines()[-1], file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 # ── Arguments ───────────────────────────────────────────────────────────────────────────────────────────────
 
 def parse_args(Args, doc, presets=None, argv=None):
@@ -59,6 +67,7 @@ def parse_args(Args, doc, presets=None, argv=None):
     preset only moves defaults: a flag given by hand wins. args.preset, .root and .out come back resolved.
     """
     import tyro
+    sys.excepthook = short_errors
     presets, argv = presets or {}, sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:
         print(doc.strip() + "\n\nDefaults below are --preset paper.\n")     # tyro would join the lines

@@ -59,7 +59,7 @@ def mask_of(text):
 
 
 def test_eq3_1_foreground_by_the_low_background_by_the_high_exponent():
-    one_hot = lambda winners: np.eye(3)[np.array(winners)].transpose(2, 0, 1)          # noqa: E731
+    one_hot = lambda winners: np.eye(3)[np.array(winners)].transpose(2, 0, 1)  # noqa: E731
     low, high = one_hot([[1, 0, 0], [2, 2, 0]]), one_hot([[1, 0, 2], [0, 1, 1]])
     assert (a2gnn.eq3_1_cam_labels(low, high) == label_map("10. 22.")).all()
 
@@ -75,7 +75,7 @@ def test_confident_labels_are_the_top_share_of_each_class():
     label = label_map("1111111111001")
     low = np.stack([np.full((1, 13), 0.1), np.full((1, 13), 0.9)])
     high = low[::-1].copy()
-    select = lambda: a2gnn.confident_cam_labels(label, cam, low, high, 24, 0.4, 0.01, 0.8, 0.8)   # noqa: E731
+    select = lambda: a2gnn.confident_cam_labels(label, cam, low, high, 24, 0.4, 0.01, 0.8, 0.8)  # noqa: E731
     assert (select() == label_map("......111100.")).all()
     low[1, 0, 9], high[0, 0, 11] = 0.79, 0.79                        # the CRF is not sure of these two
     assert (select() == label_map("......111.0..")).all()
@@ -84,12 +84,14 @@ def test_confident_labels_are_the_top_share_of_each_class():
 def test_confident_labels_of_a_class_without_candidates():
     label, cam = label_map("12 00"), np.zeros((2, 2, 2))
     sure = np.ones((3, 2, 2))
-    assert (a2gnn.confident_cam_labels(label, cam, sure, sure, 24, 0.4, 0.01, 0.8, 0.8) == label_map(".. 00")).all()
+    selected = a2gnn.confident_cam_labels(label, cam, sure, sure, 24, 0.4, 0.01, 0.8, 0.8)
+    assert (selected == label_map(".. 00")).all()
 
 
 @pytest.mark.parametrize("box, rows, columns", [
     ([1, 1, 2, 3, 4], (2, 4), (1, 3)), ([1, 0.4, 0.6, 2.1, 3.5], (0, 4), (0, 3)),
-    ([2, 3, 3, 3, 3], (3, 4), (3, 4)), ([2, 6, 5, 6, 5], (4, 5), (5, 6)), ([1, -2, -1, 9, 9], (0, 5), (0, 6))])
+    ([2, 3, 3, 3, 3], (3, 4), (3, 4)), ([2, 6, 5, 6, 5], (4, 5), (5, 6)),
+    ([1, -2, -1, 9, 9], (0, 5), (0, 6))])
 def test_boxes_become_pixels(box, rows, columns):
     c, y, x = a2gnn.pixel_box(np.float32(box), 5, 6)
     area = np.zeros((5, 6), bool)
@@ -97,7 +99,7 @@ def test_boxes_become_pixels(box, rows, columns):
     expected = np.zeros((5, 6), bool)
     expected[slice(*rows), slice(*columns)] = True
     assert c == box[0] and (area == expected).all() and area.any()
-    assert a2gnn.pixel_corners(np.float32(box), 5, 6) == (c, columns[0], rows[0], columns[1], rows[1])
+    assert (y.start, y.stop, x.start, x.stop) == (*rows, *columns), "inside the image"
 
 
 def red_square():
@@ -117,7 +119,8 @@ def test_eq3_2_grabcut_finds_the_object_in_its_box():
 
 
 @pytest.mark.parametrize("box, minimum", [
-    ([1, 8, 6, 40, 34], 1.01), ([1, 0, 0, 48, 40], 0.15), ([1, 20, 20, 23, 25], 0.15), ([1, 47.5, 3, 48, 3.5], 0.15)],
+    ([1, 8, 6, 40, 34], 1.01), ([1, 0, 0, 48, 40], 0.15), ([1, 20, 20, 23, 25], 0.15),
+    ([1, 47.5, 3, 48, 3.5], 0.15)],
     ids=["too little found", "box is the image", "tiny", "less than a pixel"])
 def test_eq3_2_falls_back_to_the_whole_box(box, minimum):
     found, expected = a2gnn.eq3_2_grabcut(red_square(), np.float32(box), 3, minimum), np.zeros((40, 48), bool)
@@ -132,7 +135,8 @@ def test_eq3_2_on_one_colour_is_a_part_of_the_box():
 
 
 BOXES = np.float32([[1, 0, 0, 4, 4], [2, 2, 2, 6, 6]])                   # overlap: rows and columns 2 and 3
-MASKS = [mask_of("000000 011100 011100 011100 000000 000000"), mask_of("000000 000000 000000 000110 000110 000000")]
+MASKS = [mask_of("000000 011100 011100 011100 000000 000000"),
+         mask_of("000000 000000 000000 000110 000110 000000")]
 
 
 def test_eq3_3_the_smaller_mask_wins():
@@ -194,7 +198,7 @@ def test_eq3_4_as_printed():
 
 
 def test_eq3_5_as_printed_keeps_everything():
-    """Each label of M_F is M_B's, so "M_F = M_B or M_F = M'_I" removes nothing; ours leaves what is confident."""
+    """Each label of M_F is M_B's, so "M_F = M_B or M_F = M'_I" removes nothing; ours keeps the confident."""
     rng, kept, removed = np.random.default_rng(2), 0, 0
     for _ in range(50):
         boxes, masks, M_I = random_seeds(rng)
@@ -238,7 +242,7 @@ def listed_pairs(h, w, offsets):
     index = torch.arange(h * w).view(1, h, w)
     ends = [(a.flatten().tolist(), b.flatten().tolist())
             for a, b in (a2gnn.shifted(index, *o) for o in offsets)]
-    return [(divmod(i, w), divmod(j, w)) for first, second in ends for i, j in zip(first, second, strict=True)]
+    return [(divmod(i, w), divmod(j, w)) for a, b in ends for i, j in zip(a, b, strict=True)]
 
 
 @pytest.mark.parametrize("radius, h, w", [(1, 3, 4), (2, 5, 4), (3, 6, 7), (5, 6, 7)])
@@ -273,7 +277,8 @@ def test_gradient_of_the_distances():
     feature = torch.randn(2, 4, 5, 3, dtype=torch.float64, requires_grad=True)
     offsets = a2gnn.window_offsets(2)
     assert torch.autograd.gradcheck(lambda f: a2gnn.PairDistance.apply(f, offsets), (feature,))
-    slow = torch.cat([(a - b).abs().mean(-1).flatten(1) for a, b in (a2gnn.shifted(feature, *o) for o in offsets)], 1)
+    ends = [a2gnn.shifted(feature, *o) for o in offsets]
+    slow = torch.cat([(a - b).abs().mean(-1).flatten(1) for a, b in ends], dim=1)
     weight = torch.randn_like(slow)
     one, = torch.autograd.grad((a2gnn.PairDistance.apply(feature, offsets) * weight).sum(), feature)
     two, = torch.autograd.grad((slow * weight).sum(), feature)
@@ -291,7 +296,7 @@ def test_eq3_10(split):
         D = np.exp(-d)
         if same == 1: sets["fg" if m > 0 else "bg"].append(-np.log(D))
         if same == 0: sets["differ"].append(-np.log(1 - D))
-    mean = lambda values: sum(values) / len(values)                                    # noqa: E731
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
     expected = mean(sets["bg"] + sets["fg"]) + mean(sets["differ"])
     if split: expected = mean(sets["bg"]) / 4 + mean(sets["fg"]) / 4 + mean(sets["differ"]) / 2
     assert close(a2gnn.eq3_10_affinity_loss(distance, label, first, split), expected)
@@ -313,7 +318,7 @@ def test_eq3_12_and_3_13():
     torch.manual_seed(1)
     feature, colour, offsets = torch.randn(1, 5, 6, 4), torch.rand(1, 5, 6, 3) * 0.3, a2gnn.window_offsets(2)
     total, count = 0, 0
-    for i, j in itertools.product(np.ndindex(5, 6), repeat=2):                           # ordered pairs, as the sum
+    for i, j in itertools.product(np.ndindex(5, 6), repeat=2):      # ordered pairs, as the sum
         apart = (i[0] - j[0])**2 + (i[1] - j[1])**2
         if not 0 < apart <= 4: continue
         rgb = (colour[0][i] - colour[0][j]).pow(2).sum().item()
@@ -330,7 +335,7 @@ def test_eq3_12_and_3_13():
 def random_graph(h, w, seed, dim=12):
     """What image_to_graph gives, with random features; neighbours have much in common."""
     g = torch.Generator().manual_seed(seed)
-    draw = lambda c: torch.rand(h, w, c, generator=g)                                  # noqa: E731
+    draw = lambda c: torch.rand(h, w, c, generator=g)  # noqa: E731
     place = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1).float()
     return types.SimpleNamespace(x=a2gnn.eq3_15_node_features(draw(dim)), f=draw(6) * 3, colour=draw(3) * 0.3,
                                  place=place, valid=torch.ones(h, w, 1), adjacent=None, size=(4 * h, 4 * w))
@@ -345,17 +350,20 @@ def dense_edges(graph, radius, sigma):
 
 
 def scattered(tiles, window):
-    """(T,q,k) tiles -> (N,N): entry of each (query, key) pair of real nodes, by carrying the nodes' numbers along."""
+    """(T,q,k) tiles -> (N,N): the entry of each pair of nodes, found by carrying the nodes' numbers along."""
     n = window.h * window.w
-    number = torch.arange(1, n + 1.).view(1, window.h, window.w, 1)                      # 0 = beyond the grid
+    number = torch.arange(1, n + 1.).view(1, window.h, window.w, 1)        # 0 = beyond the grid
     q, k = (m[0, ..., 0].long() for m in (window.queries(number), window.keys(number)))
     full = torch.zeros(n + 1, n + 1).index_put((q[:, :, None], k[:, None, :]), tiles, accumulate=True)
     return full[1:, 1:]
 
 
-@pytest.mark.parametrize("radius, h, w", [(4, 5, 7), (4, 8, 16), (4, 13, 11), (2, 9, 6), (1, 4, 5), (0, 5, 6)])
+SIZES = [(4, 5, 7), (4, 8, 16), (4, 13, 11), (2, 9, 6), (1, 4, 5), (0, 5, 6)]
+
+
+@pytest.mark.parametrize("radius, h, w", SIZES)
 def test_eq3_14_edges_of_the_window(radius, h, w):
-    """As a dense N x N matrix; each pair within the radius appears once, none that is farther or off the map."""
+    """As a dense N x N matrix: each pair within the radius once, none that is farther or off the map."""
     graph = random_graph(h, w, 0)
     pairs = a2gnn.Pairs([graph], radius)
     edges = a2gnn.eq3_14_edges(pairs.distance(), pairs.near, 0.4)
@@ -422,21 +430,22 @@ def dense_network(net, b, graph, E):
     for layer in range(net.layers):
         if net.kind == "gcn": H = gcn(H @ net.Wl[layer][b], E)
         elif net.kind == "gat": H = gat(H @ net.Wl[layer][b], E, net.al[layer][b])
-        else: H = attention(H, E, net.w[b, layer], net.beta, net.use_cos, net.use_edge and net.kind == "a2gnn")
+        else: H = attention(H, E, net.w[b, layer], net.beta, net.use_cos, net.use_edge)
     return H, H @ net.W[b]
 
 
 def network(seeds, kind="a2gnn", **options):
+    """Networks with 4, 3, 4, … output classes."""
     generators = [torch.Generator().manual_seed(s) for s in seeds]
-    return a2gnn.A2GNN(generators, 12, 4, 8, layers=3, kind=kind, **options)
+    return a2gnn.A2GNN(generators, 12, [4 - s % 2 for s in seeds], 8, 3, 10.0, kind=kind, **options)
 
 
-KINDS = [("a2gnn", {}), ("a2gnn", {"use_edge": False}), ("a2gnn", {"use_cos": False}), ("agnn", {}), ("gcn", {}),
-         ("gat", {})]
+KINDS = {"a2gnn": ("a2gnn", {}), "attention only": ("a2gnn", {"use_edge": False}),
+         "edge only": ("a2gnn", {"use_cos": False}), **{kind: (kind, {}) for kind in ("agnn", "gcn", "gat")}}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind, options", KINDS, ids=["a2gnn", "attention only", "edge only", "agnn", "gcn", "gat"])
+@pytest.mark.parametrize("kind, options", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("radius", [4, 0])
 def test_eq3_16_to_3_19_equal_the_dense_network(kind, options, radius):
     """Graphs of three sizes in one batch: each as if alone, and as the N x N computation."""
@@ -447,12 +456,15 @@ def test_eq3_16_to_3_19_equal_the_dense_network(kind, options, radius):
     H, logits = net(pairs.padded("x"), edges, pairs.window)
     for b, (graph, (h, w)) in enumerate(zip(graphs, sizes, strict=True)):
         E = dense_edges(graph, radius, 0.4)
-        assert (E.sum(1) >= 1).all() and (E == 0).any(), "each node is its own neighbour, some pairs are cut off"
+        assert (E.sum(1) >= 1).all() and (E == 0).any(), "each node is its own neighbour, some pairs are cut"
         slow_H, slow_logits = dense_network(net, b, graph, E)
-        assert close(H[b, :h, :w].flatten(0, 1), slow_H) and close(logits[b, :h, :w].flatten(0, 1), slow_logits)
+        assert close(H[b, :h, :w].flatten(0, 1), slow_H)
+        assert close(logits[b, :h, :w].flatten(0, 1), slow_logits)
         alone, own = network([b], kind, **options), a2gnn.Pairs([graph], radius)
         _, single = alone(own.padded("x"), a2gnn.eq3_14_edges(own.distance(), own.near, 0.4), own.window)
-        assert close(single[0], logits[b, :h, :w])
+        classes = single.shape[-1]
+        assert close(single[0], logits[b, :h, :w, :classes]) and classes == 4 - b % 2
+        assert not logits[b, ..., classes:].any()
 
 
 @torch.no_grad()
@@ -460,8 +472,8 @@ def test_eq3_18_where_the_cosine_is_negative():
     """The edge term is switched off, the pair stays in the softmax."""
     graph = random_graph(6, 9, 5)
     pairs = a2gnn.Pairs([graph], 2)
-    E, H, w = a2gnn.eq3_14_edges(pairs.distance(), pairs.near, 1e-3), torch.randn(1, 6, 9, 4), torch.tensor([0.7])
-    out = a2gnn.eq3_17_18_attention(H, E, w, 10.0, pairs.window)
+    E, H = a2gnn.eq3_14_edges(pairs.distance(), pairs.near, 1e-3), torch.randn(1, 6, 9, 4)
+    out = a2gnn.eq3_17_18_attention(H, E, torch.tensor([0.7]), 10.0, pairs.window)
     assert close(out[0].flatten(0, 1), attention(H[0].flatten(0, 1), dense_edges(graph, 2, 1e-3), 0.7, 10.0))
 
 
@@ -474,10 +486,11 @@ def test_gradients_of_a_batch_are_those_of_each_image_alone():
         pairs, net = a2gnn.Pairs([graphs[b] for b in members], 4), network(members)
         edges = a2gnn.eq3_14_edges(pairs.distance(), pairs.near, 1e-3)
         _, logits = net(pairs.padded("x"), edges, pairs.window)
-        (logits.softmax(-1)[..., 1] * pairs.padded("valid")[..., 0]).sum().backward()
+        (logits[..., :2].softmax(-1)[..., :1] * pairs.padded("valid")).sum().backward()
         grads.append([p.grad for p in net.parameters()])
-    for both, first, second in zip(*grads, strict=True):
-        assert torch.isfinite(both).all() and close(both, torch.cat([first, second])) and both.abs().max() > 0
+    for both, *alone in zip(*grads, strict=True):
+        one = torch.cat([F.pad(grad, (0, both.shape[-1] - grad.shape[-1])) for grad in alone])
+        assert torch.isfinite(both).all() and close(both, one) and both.abs().max() > 0
 
 
 def test_dropout_does_not_depend_on_the_batch():
@@ -485,7 +498,8 @@ def test_dropout_does_not_depend_on_the_batch():
 
     def factors(members):
         chosen = [graphs[b] for b in members]
-        g = types.SimpleNamespace(graphs=chosen, valid=a2gnn.Pairs(chosen, 4).padded("valid")[..., 0], x=torch.zeros(1))
+        valid = a2gnn.Pairs(chosen, 4).padded("valid")
+        g = types.SimpleNamespace(graphs=chosen, valid=valid, x=torch.zeros(1))
         generators = [torch.Generator().manual_seed(b) for b in members]
         return a2gnn.dropout_factors(g, generators, 16, 0.25), a2gnn.dropout_factors(g, generators, 16, 0.25)
 
@@ -514,16 +528,17 @@ def test_eq3_21(balanced):
             c = M_g[b, i, j].item()
             if c != 255: terms[balanced and c > 0].append(-log_O[b, c, i, j].item())
         expected.append(sum(sum(t) / max(1, len(t)) for t in terms.values()))
-    assert close(a2gnn.eq3_21_cross_entropy(log_O, M_g, balanced), torch.tensor(expected)) and expected[2] == 0
+    assert close(a2gnn.eq3_21_cross_entropy(log_O, M_g, balanced), expected) and expected[2] == 0
 
 
 def test_eq3_22():
     """Over ordered pairs of different nodes and of different classes, per node; two sizes in a batch."""
     graphs = [random_graph(4, 6, 0), random_graph(7, 3, 1)]
     pairs = a2gnn.Pairs(graphs, 2)
-    G = a2gnn.eq3_13_gaussian(pairs.place, pairs.squared_colour(), 6.0, 0.1) * (pairs.near & (pairs.place > 0))
+    G = a2gnn.eq3_13_gaussian(pairs.place, pairs.squared_colour(), 6.0, 0.1)
+    G = G * (pairs.near & (pairs.place > 0))
     valid = pairs.padded("valid")
-    O = torch.randn(2, 7, 6, 3).softmax(-1) * valid                                     # noqa: E741
+    O = torch.randn(2, 7, 6, 3).softmax(-1) * valid
     loss = a2gnn.eq3_22_regularised(O, G, pairs.window, valid.sum((1, 2, 3)))
     for b, graph in enumerate(graphs):
         h, w = graph.valid.shape[:2]
@@ -537,7 +552,8 @@ def test_eq3_22():
         assert close(loss[b], total / (h * w))
 
 
-POINT_BOXES = torch.tensor([[0, 1, 1, 0, 4, 2], [0, 2, 0, 1, 2, 4], [1, 1, 2, 2, 5, 3]])    # image, class, x0, y0, x1, y1
+# image, class, x0, y0, x1, y1
+POINT_BOXES = torch.tensor([[0, 1, 1, 0, 4, 2], [0, 2, 0, 1, 2, 4], [1, 1, 2, 2, 5, 3]])
 
 
 def points_by_loop(O, box):
@@ -549,7 +565,7 @@ def points_by_loop(O, box):
 
 def test_eq3_23_to_3_25_by_hand():
     """Box 1 is columns 1-3 of rows 0-1, its first row all equal; box 2 is columns 0-1 of rows 1-3."""
-    O = torch.zeros(1, 3, 4, 5)                                                         # noqa: E741
+    O = torch.zeros(1, 3, 4, 5)
     O[0, 1] = torch.tensor([[.9, .5, .5, .5, .9], [.9, .1, .7, .6, .9], [.9] * 5, [.9] * 5])
     O[0, 2] = torch.tensor([[.9] * 5, [.2, .3, .9, .9, .9], [.4, .1, .9, .9, .9], [.1, .6, .9, .9, .9]])
     y, x, valid = a2gnn.eq3_23_25_points(O, POINT_BOXES[:2])
@@ -564,7 +580,7 @@ def test_eq3_23_to_3_25_never_leave_the_box(logarithm):
     """Also where the box's class is unlikely, and for log O, which is what train_gnn has at hand."""
     log_O = log_probabilities(2, 3, 4, 5)
     log_O[:, 1:, :, :3] -= 6
-    O = log_O if logarithm else log_O.exp()                                             # noqa: E741
+    O = log_O if logarithm else log_O.exp()
     y, x, valid = a2gnn.eq3_23_25_points(O, POINT_BOXES)
     assert valid.sum(1).tolist() == [5, 5, 4]
     for m, box in enumerate(POINT_BOXES):
@@ -584,7 +600,8 @@ def test_eq3_26_equals_the_sum_over_pairs(feature):
         for box in POINT_BOXES[POINT_BOXES[:, 0] == b]:
             K = points_by_loop(log_O.exp(), box)
             first += [-log_O[b, box[1], y, x].item() for _, y, x in K]
-            second += [1 - F.cosine_similarity(H[b, m[1], m[2]], H[b, n[1], n[2]], dim=0).item() for m in K for n in K]
+            second += [1 - F.cosine_similarity(H[b, i, j], H[b, y, x], dim=0).item()
+                       for _, i, j in K for _, y, x in K]
         assert close(loss[b], np.mean(first) + (np.mean(second) if feature else 0))
 
 
@@ -610,9 +627,11 @@ def box_area(box, H, W):
 def features_after_attention(args, g, seed=0):
     """H^{L+1} of networks without training."""
     generators = [torch.Generator().manual_seed(seed + b) for b in range(len(g.sizes))]
-    net = a2gnn.A2GNN(generators, g.x.shape[-1], 9, args.hidden, args.layers, args.beta, args.gnn)
+    classes = [len(own) for own in g.classes]
+    net = a2gnn.A2GNN(generators, g.x.shape[-1], classes, args.hidden, args.layers, args.beta, args.gnn)
     with torch.no_grad():
-        return net(g.x, g.edges, g.window)
+        H, logits = net(g.x, g.edges, g.window)
+        return H, logits + g.absent[:, None, None]
 
 
 @pytest.mark.parametrize("nodes", ["pixel", "superpixel"])
@@ -622,13 +641,13 @@ def test_eq3_27_and_3_28_equal_features_at_every_pixel(cosine, nodes):
     args, samples, g = scene_graphs(3, nodes=nodes)
     H, logits = features_after_attention(args, g)
     points = a2gnn.eq3_23_25_points(a2gnn.to_pixels(g, logits).softmax(1), g.boxes)
-    H_points = a2gnn.at_points(g, H, points[0], points[1], args.stride)
+    H_points = a2gnn.at_points(g, H, points[0], points[1])
     dot = a2gnn.prototype_products(g, H, H_points, points[2], cosine)
     prototypes = a2gnn.eq3_27_prototypes(H_points, points[2])
     checked, removed = a2gnn.eq3_28_consistency(g.seeds, dot, g.boxes), 0
     expected, pixels = g.seeds.clone(), a2gnn.to_pixels(g, H)
     for m, box in enumerate(g.boxes):
-        b, (height, width) = box[0], g.sizes[box[0]]
+        b = box[0]
         y, x = (p[m][points[2][m]] for p in points[:2])
         K = pixels[b][:, y, x].T
         assert close(K, H_points[m][points[2][m]]) and close(prototypes[m], K.mean(0))
@@ -669,12 +688,23 @@ def test_enlarging_is_torchs_where_both_conventions_agree(cells, stride):
     assert close(more[..., ::stride, ::stride][..., :cells, :cells + 1], x), "cell i is pixel i·stride"
 
 
+@pytest.mark.parametrize("scale, stride", [(0.5, 4), (1.5, 8), (2.0, 8), (1.0, 4)])
+def test_cells_of_a_scaled_image_find_their_pixels(scale, stride):
+    """Cells hold the place of their centre in the original image; then each pixel gets its own place."""
+    size = 64
+    centres = torch.arange(0, round(size * scale), stride)                     # pixels of the scaled image
+    place = ((centres + 0.5) / scale - 0.5)[None, None, None].expand(1, 1, 3, -1)
+    row = a2gnn.cells_to_pixels(place, stride, (5, size), scale)[0, 0, 2]
+    expected = torch.arange(size).float().clamp(place[0, 0, 0, 0], place[0, 0, 0, -1])
+    assert close(row, expected, atol=1e-4)
+
+
 def test_features_lie_where_the_enlargement_puts_them():
     """An edge in the picture stays where it is: a convolution's cell i is centred on pixel stride·i."""
     image = torch.zeros(1, 1, 65, 65)
     image[..., 32:] = 1
-    cells = F.conv2d(F.conv2d(image, torch.ones(1, 1, 3, 3) / 9, stride=2, padding=1), torch.ones(1, 1, 3, 3) / 9,
-                     stride=2, padding=1)
+    mean = lambda x: F.conv2d(x, torch.ones(1, 1, 3, 3) / 9, stride=2, padding=1)  # noqa: E731
+    cells = mean(mean(image))
     row = a2gnn.cells_to_pixels(cells, 4, (65, 65))[0, 0, 32]
     crossing = torch.nonzero(row > 0.5)[0].item()
     assert abs(crossing - 32) <= 2, "half a cell off would be four pixels"
@@ -683,14 +713,14 @@ def test_features_lie_where_the_enlargement_puts_them():
 @pytest.mark.parametrize("nodes", ["pixel", "superpixel"])
 def test_points_have_the_features_of_the_enlarged_map(nodes):
     args, samples, g = scene_graphs(3, nodes=nodes)
-    H = torch.randn(*g.valid.shape, 5)
+    H = torch.randn(*g.valid.shape[:3], 5)
     pixels, rng = a2gnn.to_pixels(g, H), torch.Generator().manual_seed(0)
     image = g.boxes[:, 0]
     size = torch.tensor(g.sizes)[image]
     y, x = (torch.rand(len(image), 40, generator=rng) * size[:, i:i + 1] for i in (0, 1))
     y, x = y.long(), x.long()
-    y[:, 0], x[:, 0] = size[:, 0] - 1, size[:, 1] - 1                  # the last pixel lies beyond the last cell
-    assert close(a2gnn.at_points(g, H, y, x, args.stride), pixels[image[:, None], :, y, x])
+    y[:, 0], x[:, 0] = size[:, 0] - 1, size[:, 1] - 1     # the last pixel lies beyond the last cell
+    assert close(a2gnn.at_points(g, H, y, x), pixels[image[:, None], :, y, x])
     assert close(a2gnn.to_pixels(g, H[image], image), pixels[image])
     for b, graph in enumerate(g.graphs):
         h, w = graph.x.shape[:2]
@@ -704,7 +734,7 @@ def test_points_have_the_features_of_the_enlarged_map(nodes):
 
 @pytest.mark.parametrize("nodes", ["pixel", "superpixel"])
 def test_a_batch_of_graphs_holds_each_graph(nodes):
-    """Sizes, seeds and boxes; the features of the regularised loss and of the edges are those of the image."""
+    """Padding, seeds, boxes and node features of scenes that differ in size."""
     args, samples, g = scene_graphs(3, nodes=nodes)
     assert len({s.image.shape for s in samples}) == 3, "the scenes should differ in size"
     M = [len(s.boxes) for s in samples]
@@ -712,15 +742,42 @@ def test_a_batch_of_graphs_holds_each_graph(nodes):
     for b, s in enumerate(samples):
         height, width = s.mask.shape
         assert (g.seeds[b, height:] == 255).all() and (g.seeds[b, :, width:] == 255).all()
-        seen = g.seeds[b, :height, :width]
-        assert torch.equal(seen, torch.where(seen == 255, 255, torch.from_numpy(s.mask).long()))
-        own = [box.tolist() for box in g.boxes[g.boxes[:, 0] == b]]
-        assert own == [[b, *map(int, box)] for box in s.boxes.tolist()], "boxes of shapes lie on whole pixels"
+        own = g.classes[b]
+        assert own.tolist() == [0, *np.flatnonzero(s.tags) + 1]
+        seen = g.seeds[b, :height, :width].numpy()
+        assert (own[seen[seen != 255]] == s.mask[seen != 255]).all() and 0.5 < (seen != 255).mean() < 0.8
+        assert torch.equal(g.absent[b] == 0, torch.arange(g.absent.shape[1]) < len(own))
+        boxes = [[b, own[c], *box] for image, c, *box in g.boxes.tolist() if image == b]
+        assert boxes == [[b, *map(int, box)] for box in s.boxes.tolist()], "they lie on whole pixels"
         n = g.graphs[b].x.shape[0] * g.graphs[b].x.shape[1]
         assert g.nodes[b] == n == g.valid[b].sum()
         assert close(g.graphs[b].x.sum(-1), torch.ones(g.graphs[b].x.shape[:2]))
         if nodes == "pixel": assert (height + 3) // 4 * ((width + 3) // 4) == n
         else: assert n == g.graphs[b].pixels.max() + 1 == len(g.graphs[b].adjacent)
+
+
+@pytest.mark.parametrize("nodes", ["pixel", "superpixel"])
+def test_edges_and_colour_weights_of_a_scene(nodes):
+    """Some nodes of the smaller of two scenes against all others, padding included."""
+    args, samples, g = scene_graphs(2, nodes=nodes)
+    b = int(g.nodes.argmin())
+    graph, (h, w) = g.graphs[b], g.valid.shape[1:3]
+    E, G = scattered(g.edges[b], g.window), scattered(g.G[b], g.reg_window)
+    node = lambda i: divmod(i, w)  # noqa: E731
+    own = [i for i in range(h * w) if g.valid[b][node(i)]]
+    for i in own[::97]:
+        for j in range(h * w):
+            if j not in own:
+                assert E[i, j] == G[i, j] == E[j, i] == 0
+                continue
+            m, n = node(i), node(j)
+            D = np.exp(-(graph.f[m] - graph.f[n]).abs().mean().item())
+            apart, rgb = graph.place[m] - graph.place[n], (graph.colour[m] - graph.colour[n]).pow(2).sum().item()
+            weight = np.exp(-apart.pow(2).sum().item() / 72 - rgb / 0.02)
+            far = apart.abs().max()
+            near = [graph.adjacent[i, j]] * 2 if nodes == "superpixel" else [far <= 4, far <= 5]
+            assert E[i, j].item() == pytest.approx(D * near[0].item(), abs=1e-5)
+            assert G[i, j].item() == pytest.approx(weight * near[1].item() * (i != j), abs=1e-5)
 
 
 def test_superpixels_that_touch_are_neighbours():
@@ -742,7 +799,7 @@ def test_superpixel_features_are_means_over_their_pixels():
     pixels = a2gnn.cells_to_pixels(fine.f.permute(2, 0, 1)[None], 4, graph.size)[0]
     for n in (0, 3, graph.pixels.max().item()):
         assert close(graph.f[0, n], pixels[:, graph.pixels == n].mean(1))
-    assert graph.f.shape[-1] == 448 and graph.x.shape[-1] == fine.x.shape[-1]
+    assert graph.f.shape[-1] == 448 and close(graph.x.sum(-1), torch.ones(graph.x.shape[:2]))
 
 
 def test_random_walk_is_a_matrix_power():
@@ -811,8 +868,8 @@ def test_seam_loss():
     scores = [cams[i].mean((2, 3)).sigmoid() for i in (0, 2)]
     entropy = [-(tags * s.log() + (1 - tags) * (1 - s).log()).mean() for s in scores]
     assert close(loss_cls, sum(entropy) / 2)
-    maps = [F.interpolate(a2gnn.minmax(c), (4, 4), mode="bilinear", align_corners=False) * tags[:, :, None, None]
-            for c in cams]
+    maps = [F.interpolate(a2gnn.minmax(cam), (4, 4), mode="bilinear", align_corners=False)
+            * tags[:, :, None, None] for cam in cams]
     assert close(loss_er, (maps[0] - maps[2]).abs().mean())
     assert 0 < loss_ecr < 2
     same = [cams[0], a2gnn.best_only(a2gnn.minmax(cams[0]))]
@@ -836,6 +893,8 @@ def test_multi_scale_cam():
     cam = a2gnn.multi_scale_cam(net, sample.image, sample.tags, (0.5, 1.0), 4, torch.device("cpu"))
     assert cam.shape == (8, *sample.mask.shape) and cam.min() >= 0 and cam.max() <= 1
     assert not cam[~sample.tags].any() and (cam[sample.tags].max((1, 2)) > 0.9).all()
+    none = a2gnn.multi_scale_cam(net, sample.image, sample.tags & False, (0.5, 1.0), 4, torch.device("cpu"))
+    assert none.shape == cam.shape and not none.any()
 
 
 def test_learning_rates_of_the_groups():
@@ -850,8 +909,9 @@ def test_learning_rates_of_the_groups():
 def test_affinity_net_takes_the_last_three_blocks():
     net = random_affinity_net()
     F_A, X = net(torch.randn(2, 3, 32, 48))
-    assert F_A.shape == (2, 448, 8, 12) and X.shape == (2, net.feature_dim, 8, 12) and (X >= 0).all()
-    assert [c.out_channels for c in net.reduce] == [64, 128, 256] and net.feature_dim == sum(net.backbone.channels[1:])
+    assert F_A.shape == (2, 448, 8, 12) and X.shape == (2, sum(net.backbone.channels[1:]), 8, 12)
+    assert (X >= 0).all()
+    assert [conv.out_channels for conv in net.narrow] == [64, 128, 256]
 
 
 def test_the_control_of_seeds_and_crf():
@@ -860,14 +920,20 @@ def test_the_control_of_seeds_and_crf():
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(a2gnn, "dense_crf", lambda images, probs, *rest: seen.update(prob=probs[0]) or probs)
-        label = a2gnn.seeds_with_crf(sample, label_map("01. 3.0"), 3, None, "none")
-    expected = {0: [0.7, 0.15, 0, 0.15], 1: [0.15, 0.7, 0, 0.15], 3: [0.15, 0.15, 0, 0.7], 255: [1 / 3, 1 / 3, 0, 1 / 3]}
+        label = a2gnn.seeds_with_crf(sample, label_map("01. 3.0"), None, "none")
+    expected = {0: [0.7, 0.15, 0.15], 1: [0.15, 0.7, 0.15], 3: [0.15, 0.15, 0.7], 255: [1 / 3] * 3}
     for i, j in np.ndindex(2, 3):
         assert np.allclose(seen["prob"][:, i, j], expected[label_map("01. 3.0")[i, j]])
     assert label[0, 0] == 0 and label[0, 1] == 1 and label[1, 0] == 3
 
 
 # ---------------------------------------------------------------- batch
+
+
+def labels_of(g, probs):
+    """What write_pseudo would save without CRF: one (H,W) array per graph."""
+    return [own[p[:, :H, :W].argmax(0).numpy()]
+            for own, p, (H, W) in zip(g.classes, probs, g.sizes, strict=True)]
 
 
 def test_images_side_by_side_get_the_labels_they_get_alone():
@@ -880,32 +946,31 @@ def test_images_side_by_side_get_the_labels_they_get_alone():
         for start in range(0, 4, size):
             part, names = samples[start:start + size], [s.name for s in samples[start:start + size]]
             g = a2gnn.make_graphs(args, net, part, seeds[start:start + size], torch.device("cpu"))
-            O = a2gnn.train_gnn(args, g, names, 9)                                      # noqa: E741
-            for o, s in zip(O, part, strict=True):
-                labels[size, s.name] = o[:, :s.mask.shape[0], :s.mask.shape[1]].argmax(0)
-    same = torch.cat([(labels[1, s.name] == labels[4, s.name]).flatten() for s in samples])
-    assert same.float().mean() >= 0.999
-    assert len(torch.cat([labels[1, s.name].flatten() for s in samples]).unique()) > 3
+            for s, label in zip(part, labels_of(g, a2gnn.train_gnn(args, g, names)), strict=True):
+                labels[size, s.name] = label
+    one, four = (np.concatenate([labels[size, s.name].flatten() for s in samples]) for size in (1, 4))
+    assert (one == four).mean() >= 0.999 and len(np.unique(one)) > 3
 
 
 def test_an_image_without_boxes_is_background():
     """Beside one with boxes and alone."""
     samples, net, device = shapes(2), random_affinity_net(), torch.device("cpu")
-    samples[1] = types.SimpleNamespace(**{**vars(samples[1]), "boxes": np.zeros((0, 5), np.float32)})
+    samples[1] = types.SimpleNamespace(**{**vars(samples[1]), "boxes": np.zeros((0, 5), np.float32),
+                                          "tags": np.zeros(8, bool)})
     args = arguments(hidden=8, epochs=(3, 3), gnn_lr=0.1)
     seeds = [samples[0].mask, np.zeros_like(samples[1].mask)]
     for first in (0, 1):
         g = a2gnn.make_graphs(args, net, samples[first:], seeds[first:], device)
-        O = a2gnn.train_gnn(args, g, [s.name for s in samples[first:]], 9)              # noqa: E741
-        height, width = samples[1].mask.shape
-        assert torch.isfinite(O).all() and (O[-1, :, :height, :width].argmax(0) == 0).float().mean() > 0.99
+        probs = a2gnn.train_gnn(args, g, [s.name for s in samples[first:]])
+        assert torch.isfinite(probs).all() and (labels_of(g, probs)[-1] == 0).all()
 
 
 # ---------------------------------------------------------------- runs
 
-TINY = """a2gnn.py --preset shapes --workers 0 --device cpu --cam-steps 4 --cam-batch 4 --cam-crop 48
-    --cam-resize 48 64 --cam-scales 0.5 1 --aff-steps 8 --aff-batch 4 --hidden 8 --epochs 2 2 --batch-images 2
-    --seg-steps 4 --seg-batch 4 --seg-crop 48 --test-scales 1 --save-every 2 --log-every 2""".split()
+TINY = """a2gnn.py --preset shapes --workers 0 --device cpu --cam-steps 4 --cam-warmup 2 --cam-batch 4
+    --cam-crop 48 --cam-resize 48 64 --cam-scales 0.5 1 --aff-steps 8 --aff-batch 4 --hidden 8
+    --epochs 2 2 --batch-images 2 --seg-steps 4 --seg-batch 4 --seg-crop 48 --test-scales 1 --save-every 2
+    --log-every 2""".split()
 STAGES = ["cam", "seed", "walk", "pseudo", "val", "val_crf"]
 FOLDERS = ["seeds_F", "seeds", "walk", "walk_crf", "pseudo_raw", "pseudo", "val", "val_crf"]
 
@@ -962,10 +1027,11 @@ def test_runs_by_boxes(finished):
     for s in entries:
         assert s["n_images"] == 6 and s["uses_masks"] and 0 <= s["miou"] <= 100 and len(s["iou"]) == 9
         assert s["split"] == ("val" if s["stage"].startswith("val") else "train") and s["seconds"] >= 0
-    assert [s["stage"] for s in entries if s["crf"]] == ["pseudo", "val_crf"]
+    assert [s["stage"] for s in entries if s["crf"]] == ["seed", "pseudo", "val_crf"]
     seed, walk, pseudo = entries[1:4]
     assert 0 <= seed["coverage_confident"] <= seed["coverage"] <= 100 and 0 <= seed["precision"] <= 100
-    assert {"miou_crf_control", "miou_confident"} <= set(seed) and "miou_crf" in walk and "miou_no_crf" in pseudo
+    assert {"miou_crf_control", "miou_confident"} <= set(seed)
+    assert "miou_crf" in walk and "miou_no_crf" in pseudo
 
 
 def test_a_run_writes_palette_labels_panels_and_checkpoints(finished):
@@ -1004,7 +1070,7 @@ def test_the_same_command_again_does_nothing(finished, folders):
     run_here(*command(folders, finished))
     after = contents(finished)
     assert set(after) == set(before) and scores(finished) == numbers
-    clocks = {"results.json", "state.json"}                                              # seconds and peak memory
+    clocks = {"results.json", "state.json"}                # seconds and peak memory
     assert {name for name in after if after[name] != before[name]} <= clocks
     assert all(f.stat().st_mtime_ns == time for f, time in written.items())
 
@@ -1035,11 +1101,11 @@ def test_predicts_a_folder_and_a_picture(finished, folders, tmp_path):
 
 
 def test_runs_with_the_ablation_flags(folders, tmp_path):
-    """Superpixels, distances, the full graph, GAT, the authors' variants; in the VOC layout, from few steps."""
+    """Superpixels, distances, full graph, GAT, the authors' variants; in the VOC layout, with few steps."""
     flags = dict(nodes="superpixel", edges="distance", radius=0, gnn="gat", consistency_cosine="literal",
                  seed_labels="M_F", train_on="walk_crf", cam_steps=2, aff_steps=2, seg_steps=2, crf="none")
-    switches = ["--consistency-in-place", "--balanced-ce", "--split-positives", "--no-affinity-reg", "--no-reg",
-                "--no-mp-feature"]
+    switches = ["--consistency-in-place", "--balanced-ce", "--split-positives", "--no-affinity-reg",
+                "--no-reg", "--no-mp-feature"]
     run_here(*command(folders, tmp_path, "voc", **flags), *switches)
     assert [s["stage"] for s in stages(tmp_path)] == STAGES
     assert all((tmp_path / "pseudo" / f.name).read_bytes() == f.read_bytes()
@@ -1169,7 +1235,8 @@ def trained(tmp_path_factory):
     run, seeds = Run(args), [weak_seeds(s, i) for i, s in enumerate(samples)]
     for s, seed in zip(samples, seeds, strict=True): save_label(run.path("seeds", s.name), seed)
     torch.manual_seed(0)
-    net = a2gnn.train_affinity(args, run, a2gnn.make_classifier(args, 8), load(args, "train"))
+    classifier = a2gnn.SEAM(make_backbone("tiny", "none", 8), 8)
+    net = a2gnn.train_affinity(args, run, classifier, load(args, "train"))
     return types.SimpleNamespace(args=args, samples=samples, seeds=seeds, net=net)
 
 
@@ -1183,9 +1250,7 @@ def gnn_labels(t, **changes):
     """Labels of one A²GNN per scene."""
     args = dataclasses.replace(t.args, **changes)
     g = a2gnn.make_graphs(args, t.net, t.samples, t.seeds, torch.device("cpu"))
-    probs = a2gnn.train_gnn(args, g, [s.name for s in t.samples], 9)
-    return [(p[:, :s.mask.shape[0], :s.mask.shape[1]] * torch.tensor([True, *s.tags])[:, None, None]).argmax(0)
-            for p, s in zip(probs, t.samples, strict=True)]
+    return labels_of(g, a2gnn.train_gnn(args, g, [s.name for s in t.samples]))
 
 
 def test_the_affinity_cnn_learns(trained):
@@ -1204,23 +1269,32 @@ def test_the_affinity_cnn_learns(trained):
 
 
 def test_labels_beat_their_seeds_and_the_multi_point_loss_does_it(trained):
+    """So few foreground seeds lose against the background in Eq. (3.21); the boxes' points bring them back."""
     seeds = miou(trained.samples, trained.seeds)
     labels, without = (miou(trained.samples, gnn_labels(trained, mp_loss=on)) for on in (True, False))
-    assert labels > seeds + 10 and labels > without + 10, (seeds, labels, without)
+    assert labels > seeds + 15 and labels > without + 15, (seeds, labels, without)
 
 
 def test_the_consistency_check_finds_wrong_seeds(trained, monkeypatch):
-    """Of the wrong foreground seeds a far larger share goes than of the right ones; at the second phase only."""
+    """Of the wrong foreground seeds a far larger share goes than of the right ones, in the second phase."""
     seen, check = [], a2gnn.eq3_28_consistency
-    monkeypatch.setattr(a2gnn, "eq3_28_consistency", lambda seeds, *rest: seen.append((seeds, check(seeds, *rest)))
-                        or seen[-1][1])
+
+    def watched(seeds, *rest):
+        seen.append((seeds, check(seeds, *rest)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(a2gnn, "eq3_28_consistency", watched)
     gnn_labels(trained)
     assert len(seen) == trained.args.epochs[1]
+    classes = [np.concatenate([[0], np.flatnonzero(s.tags) + 1]) for s in trained.samples]
     gone = {True: [], False: []}
     for before, after in seen[-5:]:
         for b, s in enumerate(trained.samples):
             seed, left = (t[b, :s.mask.shape[0], :s.mask.shape[1]].numpy() for t in (before, after))
-            assert (seed == trained.seeds[b]).all(), "each epoch starts from all seeds"
+            known = trained.seeds[b] != 255
+            seed = np.where(seed == 255, 255, classes[b][np.minimum(seed, len(classes[b]) - 1)])
+            left = np.where(left == 255, 255, seed)
+            assert (seed == trained.seeds[b])[known].all(), "each epoch starts from all seeds"
             for right in (True, False):
                 which = (seed > 0) & (seed < 255) & ((seed == s.mask) == right)
                 gone[right].append((left != seed)[which])

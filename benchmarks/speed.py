@@ -1,0 +1,159 @@
+"""Times what the method files claim about their speed; nothing imports this file.
+
+    python benchmarks/speed.py a2gnn                    # A²GNN: images/s side by side, windowed attention
+    python benchmarks/speed.py a2gnn --device cuda      # the same on a GPU, with peak memory
+
+Each number is the median of --repeats runs (5 or more) in one process, after one run that is not counted.
+Prints a table and writes benchmarks/results/speed_<subcommand>_<device>.json. A further subcommand is one
+more function below, entered in COMMANDS.
+"""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+# ── Clock and report ────────────────────────────────────────────────────────────────────────────────────────
+def measure(work, device, repeats):
+    """Median seconds of work() and peak memory of the GPU in MB (None on the CPU)."""
+    cuda = device.type == "cuda"
+    if cuda: torch.cuda.reset_peak_memory_stats(device)
+    seconds = []
+    for _ in range(repeats + 1):
+        if cuda: torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        work()
+        if cuda: torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else None
+    return statistics.median(seconds[1:]), peak
+
+
+def processor():
+    """The CPU's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def report(name, device, settings, rows):
+    """Prints rows (dicts with the same keys) and writes them with the machine's description."""
+    columns = list(rows[0])
+    shown = lambda v: f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v)  # noqa: E731
+    cells = [columns, *([shown(v) for v in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    print("\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in cells))
+    hardware = {"cpu": processor(), "cores": os.cpu_count()}
+    if device.type == "cuda": hardware["gpu"] = torch.cuda.get_device_name(device)
+    file = ROOT / "benchmarks" / "results" / f"speed_{name}_{device.type}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({
+        "command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]]), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "device": str(device), "hardware": hardware, "settings": settings,
+        "rows": rows}, indent=1) + "\n")
+    print(f"written: {file.relative_to(ROOT)}")
+
+
+# ── a2gnn ───────────────────────────────────────────────────────────────────────────────────────────────────
+def dense_attention(H, E, w, beta):
+    """Eqs. (3.17), (3.18) over all N x N pairs.   H (B,N,d), E (B,N,N), w (B,)"""
+    unit = torch.nn.functional.normalize(H, dim=-1)
+    cos = unit @ unit.transpose(1, 2)
+    logits = w[:, None, None] * cos + torch.where(E > 0, beta * E * (cos > 0), -1e9)
+    return logits.softmax(-1) @ H
+
+
+def attention_rows(device, repeats, side, radius, hidden):
+    """One layer forward and backward on a side x side grid: windowed, dense, the ratio of both."""
+    import a2gnn
+    n, generator = side * side, torch.Generator().manual_seed(0)
+    H, f, w = (torch.rand(*s, generator=generator).to(device)
+               for s in ((1, side, side, hidden), (1, side, side, 32), (1,)))
+    H.requires_grad_()
+    place = torch.cartesian_prod(torch.arange(side), torch.arange(side)).to(device)
+    graph = types.SimpleNamespace(
+        x=f[0], f=f[0], colour=f[0, ..., :3], place=place.view(side, side, 2).float(), adjacent=None,
+        valid=torch.ones(side, side, 1, device=device))
+    pairs = a2gnn.Pairs([graph], radius)
+    E = a2gnn.eq3_14_edges(pairs.distance(), pairs.near, 1e-3)
+    full = torch.exp(-torch.cdist(f.view(1, n, -1), f.view(1, n, -1), p=1.0) / f.shape[-1])
+    full = full * (torch.cdist(place.float(), place.float(), p=float("inf")) <= radius)[None]
+
+    def windowed():
+        out = a2gnn.eq3_17_18_attention(H, E, w, 10.0, pairs.window)
+        return out.view(1, n, -1), torch.autograd.grad(out.square().sum(), H)
+
+    def dense():
+        out = dense_attention(H.view(1, n, -1), full, w, 10.0)
+        return out, torch.autograd.grad(out.square().sum(), H)
+
+    difference = (windowed()[0] - dense()[0]).abs().max().item()
+    assert difference < 1e-3, f"windowed and dense attention differ by {difference}"
+    (fast, fast_peak), (slow, slow_peak) = (measure(work, device, repeats) for work in (windowed, dense))
+    timed = (("window", fast, fast_peak), ("dense", slow, slow_peak))
+    return [{"what": f"attention {side}x{side} {what}", "seconds": seconds, "per_s": 1 / seconds,
+             "ratio": seconds / fast, "peak_mb": peak} for what, seconds, peak in timed]
+
+
+def a2gnn_speed(device: str = "cpu", threads: int = 0, repeats: int = 5, images: int = 8,
+                preset: Literal["shapes", "photos", "paper"] = "shapes", epochs: tuple[int, int] = (15, 15),
+                batch_images: tuple[int, ...] = (1, 2, 4, 8), sides: tuple[int, ...] = (24, 32, 48)) -> None:
+    """Images/s of train_gnn by --batch-images; the windowed attention against the dense N x N one.
+
+    The scenes are those of shapes, the affinity CNN is not trained: its weights do not change the time.
+    ratio: images/s against the first --batch-images; of the attention, seconds against the window's.
+    """
+    import a2gnn
+    from common import make_backbone
+    from data import load
+    if repeats < 5: raise SystemExit(f"--repeats {repeats}: a median needs at least 5")
+    if threads: torch.set_num_threads(threads)
+    device = torch.device(device)
+    size = {"shapes": a2gnn.SHAPES, "photos": a2gnn.PHOTOS, "paper": {}}[preset]
+    args = a2gnn.Args(**{**size, "stride": 4, "epochs": epochs, "train_list": "train"})
+    train_set = load(args, "train", masks=True)
+    samples = [train_set[i] for i in range(images)]
+    torch.manual_seed(0)
+    net = a2gnn.AffinityNet(make_backbone("tiny", "none", 4)).to(device).eval()
+
+    rows = []
+    for size in batch_images:
+        chunks = [samples[i:i + size] for i in range(0, images, size)]
+
+        def work(chunks=chunks):
+            for chunk in chunks:
+                g = a2gnn.make_graphs(args, net, chunk, [s.mask for s in chunk], device)
+                a2gnn.train_gnn(args, g, [s.name for s in chunk])
+
+        seconds, peak = measure(work, device, repeats)
+        first = rows[0]["per_s"] if rows else images / seconds
+        rows.append({"what": f"train_gnn batch_images={size}", "seconds": seconds, "per_s": images / seconds,
+                     "ratio": images / seconds / first, "peak_mb": peak})
+    for side in sides: rows += attention_rows(device, repeats, side, args.radius or 4, args.hidden)
+    settings = dict(repeats=repeats, images=images, preset=preset, epochs=epochs, hidden=args.hidden,
+                    radius=args.radius, stride=args.stride)
+    report("a2gnn", device, settings, rows)
+
+
+COMMANDS = {"a2gnn": a2gnn_speed}                      # one line a subcommand
+
+
+def main():
+    from tyro.extras import subcommand_cli_from_dict
+    subcommand_cli_from_dict(COMMANDS, description=__doc__)
+
+
+if __name__ == "__main__":
+    main()
