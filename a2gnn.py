@@ -262,8 +262,8 @@ class Args:
 # What two CPU cores do in minutes; everything else as the paper.
 SHAPES = dict(
     backbone="tiny", cam_backbone="tiny", weights="none", stride=4, cam_stride=8, seg_stride=4,
-    cam_steps=1500, cam_warmup=900, cam_batch=8, cam_lr=0.05, cam_momentum=0.9, cam_crop=96,
-    cam_resize=(96, 128), aff_steps=120, aff_batch=8, hidden=64, epochs=(15, 15),
+    cam_steps=2400, cam_warmup=1800, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
+    er_scale=0.6, aff_steps=120, aff_batch=8, hidden=64, epochs=(15, 15),
     seg_steps=500, seg_batch=16, seg_lr=0.02, seg_crop=96, test_scales=(0.75, 1.0, 1.25))
 # A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
 PHOTOS = dict(
@@ -500,10 +500,10 @@ def enlarge(x, rows, columns):
     return rows[:, None] @ x
 
 
-def cells_to_pixels(x, stride, size, scale=1.0):
-    """Feature maps (B,C,h,w) of an image seen at `scale` -> (B,C,*size) at its original size.   [D13]"""
-    rows, columns = (lerp_matrix(n, cells, stride, (n, cells), x.device, scale)
-                     for n, cells in zip(size, x.shape[-2:]))
+def cells_to_pixels(x, stride, size, seen=None):
+    """Feature maps (B,C,h,w) of an image seen at size `seen` -> (B,C,*size), its own size.   [D13]"""
+    rows, columns = (lerp_matrix(n, cells, stride, (n, cells), x.device, scaled / n)
+                     for n, cells, scaled in zip(size, x.shape[-2:], seen or size))
     return enlarge(x, rows[None], columns[None])
 
 
@@ -516,9 +516,10 @@ def multi_scale_cam(net, image, tags, scales, stride, device):
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
     total = 0
     for scale in scales:
-        scaled = resample(x, [max(32, round(n * scale)) for n in image.shape[:2]])
+        seen = [max(32, round(n * scale)) for n in image.shape[:2]]
+        scaled = resample(x, seen)
         refined = net(torch.cat([scaled, scaled.flip(-1)]))[0][1][:, tags]
-        cam = cells_to_pixels(refined, stride, image.shape[:2], scale)
+        cam = cells_to_pixels(refined, stride, image.shape[:2], seen)
         total = total + F.relu(cam[0] + cam[1].flip(-1))
     full = np.zeros((len(tags), *image.shape[:2]), np.float32)
     full[tags] = minmax(total).cpu().numpy()
@@ -1082,7 +1083,8 @@ def make_graphs(args, net, samples, seeds, device):
     G = (eq3_13_gaussian(reg.place, reg.squared_colour(), args.gauss_xy, args.gauss_rgb)
          * (reg.near & (reg.place > 0)))
     valid, sizes = pairs.padded("valid"), [graph.size for graph in graphs]
-    classes = [np.concatenate([[0], np.flatnonzero(s.tags) + 1]) for s in samples]  # per output layer [D11]
+    classes = [np.array(sorted({0, *(np.flatnonzero(s.tags) + 1), *s.boxes[:, 0].astype(int)}))
+               for s in samples]                                                        # output layers [D11]
     C = max(map(len, classes))
     local = np.full((len(samples), 256), 255)  # label -> output channel
     for b, own in enumerate(classes):
@@ -1286,9 +1288,9 @@ def confusion_of(dataset, label_of):
 
 
 def evaluate_labels(args, run, split):
-    """Scores what the stages wrote. Only here and in save_panels are masks of weakly supervised images seen."""
+    """Scores what the stages wrote. Only here and in save_panels are masks of weak labels' images seen."""
     truth = load(args, split, masks=True)
-    if rank() > 0 or "mask" not in truth.fields:                                        # own data may have no masks
+    if rank() > 0 or "mask" not in truth.fields:                                      # own data may have none
         return
 
     def written(folder):
@@ -1300,7 +1302,7 @@ def evaluate_labels(args, run, split):
 
     if split == "val":
         for stage in ("val", "val_crf"):
-            result(stage, written(stage), ("segmenter", "val"), crf=stage == "val_crf", scales=args.test_scales)
+            result(stage, written(stage), ["segmenter", "val"], crf="crf" in stage, scales=args.test_scales)
         return
     cam = confusion_of(truth, lambda s: with_background(
         read_cam(run, s.name, len(truth.classes)), args.bg_low).argmax(0))

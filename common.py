@@ -51,7 +51,7 @@ class UserError(SystemExit):
 
 
 def short_errors(kind, error, trace):
-    """sys.excepthook: a data.DataError, also a loader process's, ends with its sentence instead of a traceback."""
+    """sys.excepthook: a data.DataError, also of a loader's process, ends with its sentence only."""
     if kind.__name__ == "DataError":
         print(str(error).strip().splitlines()[-1], file=sys.stderr)
     else:

@@ -694,7 +694,7 @@ def test_cells_of_a_scaled_image_find_their_pixels(scale, stride):
     size = 64
     centres = torch.arange(0, round(size * scale), stride)                     # pixels of the scaled image
     place = ((centres + 0.5) / scale - 0.5)[None, None, None].expand(1, 1, 3, -1)
-    row = a2gnn.cells_to_pixels(place, stride, (5, size), scale)[0, 0, 2]
+    row = a2gnn.cells_to_pixels(place, stride, (5, size), (5 * scale, size * scale))[0, 0, 2]
     expected = torch.arange(size).float().clamp(place[0, 0, 0, 0], place[0, 0, 0, -1])
     assert close(row, expected, atol=1e-4)
 
@@ -772,8 +772,8 @@ def test_edges_and_colour_weights_of_a_scene(nodes):
                 continue
             m, n = node(i), node(j)
             D = np.exp(-(graph.f[m] - graph.f[n]).abs().mean().item())
-            apart, rgb = graph.place[m] - graph.place[n], (graph.colour[m] - graph.colour[n]).pow(2).sum().item()
-            weight = np.exp(-apart.pow(2).sum().item() / 72 - rgb / 0.02)
+            apart, rgb = graph.place[m] - graph.place[n], (graph.colour[m] - graph.colour[n]).pow(2).sum()
+            weight = np.exp(-apart.pow(2).sum().item() / 72 - rgb.item() / 0.02)
             far = apart.abs().max()
             near = [graph.adjacent[i, j]] * 2 if nodes == "superpixel" else [far <= 4, far <= 5]
             assert E[i, j].item() == pytest.approx(D * near[0].item(), abs=1e-5)
@@ -1269,7 +1269,7 @@ def test_the_affinity_cnn_learns(trained):
 
 
 def test_labels_beat_their_seeds_and_the_multi_point_loss_does_it(trained):
-    """So few foreground seeds lose against the background in Eq. (3.21); the boxes' points bring them back."""
+    """So few foreground seeds lose against background in Eq. (3.21); the boxes' points bring them back."""
     seeds = miou(trained.samples, trained.seeds)
     labels, without = (miou(trained.samples, gnn_labels(trained, mp_loss=on)) for on in (True, False))
     assert labels > seeds + 15 and labels > without + 15, (seeds, labels, without)
