@@ -59,7 +59,7 @@ import torch.nn.functional as F
 
 from common import (
     ASPP, CRF, ConfusionMatrix, DeepLab, Run, UserError, contact_sheet, dense_crf, make_backbone, overlay,
-    parse_args, rank, poly, reduce, save_label, save_npz, world)
+    parse_args, poly, rank, reduce, save_label, save_npz, shard, world)
 from data import (
     Draws, Sample, color_jitter, crop, flip, load, normalise, read_image, read_label, rescale, resize_long,
     with_labels)
@@ -1282,15 +1282,16 @@ def write_predictions(args, run, net, val_set):
 def confusion_of(dataset, label_of):
     """ConfusionMatrix over a data set with masks; label_of(sample) -> (H,W), 255 = unlabelled."""
     confusion = ConfusionMatrix(["background", *dataset.classes])
-    for sample in dataset:
+    for i in shard(range(len(dataset))):
+        sample = dataset[i]
         confusion.add(label_of(sample), sample.mask)
-    return confusion
+    return confusion.reduce()
 
 
 def evaluate_labels(args, run, split):
     """Scores what the stages wrote. Only here and in save_panels are masks of weak labels' images seen."""
     truth = load(args, split, masks=True)
-    if rank() > 0 or "mask" not in truth.fields:                                      # own data may have none
+    if "mask" not in truth.fields:                                                    # own data may lack it
         return
 
     def written(folder):
@@ -1329,6 +1330,8 @@ def seeds_with_crf(sample, seed, crf, backend):
 
 def save_panels(args, run, split):
     """panels/<split>.png: contact sheet of the first 16 images, one row each."""
+    if rank() > 0:
+        return
     columns = ({"seeds_F": "seed M_F", "seeds": "seed M_g", "walk": "walk", "pseudo_raw": "A2GNN",
                 "pseudo": "A2GNN + CRF"} if split == "train" else
                {"val": "prediction", "val_crf": "prediction + CRF"})
