@@ -262,15 +262,16 @@ class Args:
 # What two CPU cores do in minutes; everything else as the paper.
 SHAPES = dict(
     backbone="tiny", cam_backbone="tiny", weights="none", stride=4, cam_stride=8, seg_stride=4,
-    cam_steps=2400, cam_warmup=1800, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
-    er_scale=0.6, aff_steps=120, aff_batch=8, hidden=64, epochs=(15, 15),
-    seg_steps=500, seg_batch=16, seg_lr=0.02, seg_crop=96, test_scales=(0.75, 1.0, 1.25))
-# A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
+    cam_steps=1600, cam_warmup=1200, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
+    er_scale=0.6, aff_steps=120, aff_batch=8, walk_steps=16, hidden=64, epochs=(10, 10),
+    seg_steps=1000, seg_batch=16, seg_lr=0.05, seg_crop=96, test_scales=(0.75, 1.0, 1.25))
+# A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores. Where the grid is coarser
+# than the paper's, the walk takes fewer steps: its reach grows with their square root.
 PHOTOS = dict(
     cam_backbone="same", train_list="train", stride=16, cam_stride=16, seg_stride=16,
     cam_steps=330, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
-    aff_steps=260, hidden=64, epochs=(25, 25),
-    seg_steps=600, seg_batch=8, seg_lr=2e-3)
+    aff_steps=260, walk_steps=16, hidden=64, epochs=(25, 25),
+    seg_steps=500, seg_batch=8, seg_lr=2e-3)
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
