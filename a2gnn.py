@@ -265,8 +265,8 @@ SHAPES = dict(
     cam_steps=1600, cam_warmup=1200, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
     er_scale=0.6, aff_steps=120, aff_batch=8, walk_steps=16, hidden=64, epochs=(10, 10),
     seg_steps=1000, seg_batch=16, seg_lr=0.05, seg_crop=96, test_scales=(0.75, 1.0, 1.25))
-# A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores. Where the grid is coarser
-# than the paper's, the walk takes fewer steps: its reach grows with their square root.
+# A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
+# (On grids coarser than the paper's the walk takes fewer steps: its reach grows with their square root.)
 PHOTOS = dict(
     cam_backbone="same", train_list="train", stride=16, cam_stride=16, seg_stride=16,
     cam_steps=330, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
