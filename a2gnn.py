@@ -262,9 +262,10 @@ class Args:
 # What two CPU cores do in minutes; everything else as the paper.
 SHAPES = dict(
     backbone="tiny", cam_backbone="tiny", weights="none", stride=4, cam_stride=8, seg_stride=4,
-    cam_steps=1600, cam_warmup=1200, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
+    cam_steps=1200, cam_warmup=900, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
     er_scale=0.6, aff_steps=120, aff_batch=8, walk_steps=16, hidden=64, epochs=(10, 10),
-    seg_steps=1000, seg_batch=16, seg_lr=0.05, seg_crop=96, test_scales=(0.75, 1.0, 1.25))
+    seg_steps=2000, seg_batch=8, seg_lr=0.05, seg_crop=96, seg_rescale=(0.75, 1.25),
+    test_scales=(0.75, 1.0, 1.25))
 # A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
 # (On grids coarser than the paper's the walk takes fewer steps: its reach grows with their square root.)
 PHOTOS = dict(
