@@ -45,6 +45,7 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
              [D14] without pretrained weights the first --cam-warmup steps train the tags alone (0 by default)
 """
 
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -56,10 +57,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from common import (
     ASPP, CRF, ConfusionMatrix, DeepLab, Run, UserError, contact_sheet, dense_crf, make_backbone, overlay,
-    parse_args, poly, rank, reduce, save_label, save_npz, shard, world)
+    parse_args, poly, rank, read_state, reduce, save_image, save_label, save_npz, shard, start_processes,
+    world)
 from data import (
     Draws, Sample, color_jitter, crop, flip, load, normalise, read_image, read_label, rescale, resize_long,
     with_labels)
@@ -1347,35 +1350,43 @@ def save_panels(args, run, split):
     contact_sheet(run.path("panels", split), rows, titles)
 
 
-def predict_folder(args, run):
-    """--predict: masks and overlays of a picture or a folder, by the segmentation network of --checkpoint."""
+def predict_folder(args):
+    """--predict: masks and overlays of a picture or a folder, by the segmentation network of --checkpoint.
+
+    Writes predict/*.png, predict/*_overlay.png beside the checkpoint (or in --out, where that is given).
+    """
     if not Path(args.checkpoint).is_file():
-        raise UserError("--predict needs the checkpoint of a segmentation network: "
-                        f"--checkpoint {args.checkpoint!r} is no file")
-    state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
-    classes = [v for k, v in state["model"].items() if k.startswith("head.")][-1].shape[0] - 1
-    net = make_segmenter(state["args"]["backbone"], "none", state["args"]["seg_stride"], classes)
-    net.load_state_dict(state["model"])
-    net = net.to(run.device, memory_format=torch.channels_last).eval()
-    source = Path(args.predict)
+        raise UserError(f"--predict needs --checkpoint runs/…/segmenter.pt; {args.checkpoint!r} is no file")
+    state, source = read_state(args.checkpoint), Path(args.predict)
+    if "head.branches.0.weight" not in state.get("model", {}):
+        raise UserError(f"--checkpoint {args.checkpoint} is not the segmenter.pt of a run")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
-    for file in (f for f in files if f.suffix.lower() in (".jpg", ".jpeg", ".png")):
+    files = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    if not files:
+        raise UserError(f"--predict {source}: no .jpg or .png picture there")
+    device, made = start_processes(args.device), state["args"]
+    classes = len(state["model"]["head.branches.0.weight"]) - 1
+    net = make_segmenter(made["backbone"], "none", made["seg_stride"], classes)
+    net.load_state_dict(state["model"])
+    net = net.to(device, memory_format=torch.channels_last).eval()
+    chosen = any(flag.split("=")[0] == "--out" for flag in sys.argv)
+    folder = Path(args.out if chosen else Path(args.checkpoint).parent) / "predict"
+    for file in tqdm(shard(files), "predict"):
         image = read_image(file)
-        prob = predict(net, image, args.test_scales, run.device)
-        label = dense_crf([image], [prob], args.seg_crf, args.crf)[0].argmax(0)
-        save_label(run.path("predict", file.stem), label)
-        contact_sheet(run.path("predict", f"{file.stem}_overlay"), [[image, overlay(image, label)]],
-                      ["image", "prediction"])
+        prob = predict(net, image, made["test_scales"], device)
+        label = dense_crf([image], [prob], CRF(*made["seg_crf"]), args.crf)[0].argmax(0)
+        save_label(folder / f"{file.stem}.png", label)
+        save_image(folder / f"{file.stem}_overlay.png", overlay(image, label))
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────
 def main():
     args = parse_args(Args, __doc__, presets={"shapes": SHAPES, "photos": PHOTOS})
     args.cam_backbone = args.backbone if args.cam_backbone == "same" else args.cam_backbone
-    run = Run(args, FIELDS)
     if args.predict:
-        return predict_folder(args, run)
+        return predict_folder(args)
     train_set, val_set = load(args, "train"), load(args, "val")
+    run = Run(args, FIELDS)
     if args.supervision != "full":
         classifier = train_classifier(args, run, train_set)                             # Eq. (3.1)
         write_seeds(args, run, classifier, train_set)                                   # Eqs. (3.1)–(3.5)

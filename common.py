@@ -53,7 +53,7 @@ class UserError(SystemExit):
 def short_errors(kind, error, trace):
     """sys.excepthook: a data.DataError, also of a loader's process, ends with its sentence only."""
     if kind.__name__ == "DataError":
-        print(str(error).strip().splitlines()[-1], file=sys.stderr)
+        print(str(error).strip().splitlines()[-1].removeprefix("data.DataError: "), file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
