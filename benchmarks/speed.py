@@ -2,9 +2,10 @@
 
     python benchmarks/speed.py a2gnn                    # A²GNN: images/s side by side, windowed attention
     python benchmarks/speed.py a2gnn --device cuda      # the same on a GPU, with peak memory
+    python benchmarks/speed.py schedule --run RUN      # A²GNN: a run's short GNN schedule against the paper's
 
 Each number is the median of --repeats runs (5 or more) in one process, after one run that is not counted.
-Prints a table and writes benchmarks/results/speed_<subcommand>_<device>.json. A further subcommand is one
+Prints a table and writes benchmarks/results/<name>_<device>.json. A further subcommand is one
 more function below, entered in COMMANDS.
 """
 
@@ -57,7 +58,7 @@ def report(name, device, settings, rows):
     print("\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in cells))
     hardware = {"cpu": processor(), "cores": os.cpu_count()}
     if device.type == "cuda": hardware["gpu"] = torch.cuda.get_device_name(device)
-    file = ROOT / "benchmarks" / "results" / f"speed_{name}_{device.type}.json"
+    file = ROOT / "benchmarks" / "results" / f"{name}_{device.type}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({
         "command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]]), "torch": torch.__version__,
@@ -144,10 +145,46 @@ def a2gnn_speed(device: str = "cpu", threads: int = 0, repeats: int = 5, images:
     for side in sides: rows += attention_rows(device, repeats, side, args.radius or 4, args.hidden)
     settings = dict(repeats=repeats, images=images, preset=preset, epochs=epochs, hidden=args.hidden,
                     radius=args.radius, stride=args.stride)
-    report("a2gnn", device, settings, rows)
+    report("speed_a2gnn", device, settings, rows)
 
 
-COMMANDS = {"a2gnn": a2gnn_speed}                      # one line a subcommand
+def a2gnn_schedule(run: str, images: int = 16, hidden: int = 256, epochs: tuple[int, int] = (50, 50),
+                   device: str = "cpu") -> None:
+    """What a preset's short GNN schedule costs: mIoU and seconds an image of the run's own schedule and of
+    --hidden, --epochs (the paper's by default), on the first images of a finished run's training set.
+    """
+    import a2gnn
+    from common import CRF, ConfusionMatrix, dense_crf, make_backbone
+    from data import load, read_label
+    folder, device = Path(run), torch.device(device)
+    args = a2gnn.Args(**json.loads((folder / "args.json").read_text()))
+    truth = load(args, "train", masks=True)
+    net = a2gnn.AffinityNet(make_backbone(args.cam_backbone, "none", args.stride))
+    net.load_state_dict(torch.load(folder / "affinity.pt", map_location="cpu", weights_only=True)["model"])
+    net = net.to(device, memory_format=torch.channels_last).eval()
+    rows = []
+    schedules = [(args.hidden, tuple(args.epochs)), (hidden, epochs)]
+    for schedule in schedules:
+        args.hidden, args.epochs = schedule
+        scores, seconds = [ConfusionMatrix(["background", *truth.classes]) for _ in range(2)], 0.0
+        for start in range(0, min(images, len(truth)), args.batch_images):
+            chunk = [truth[i] for i in range(start, min(start + args.batch_images, images, len(truth)))]
+            seeds = [read_label(folder / a2gnn.SEEDS[args.seed_labels] / f"{s.name}.png") for s in chunk]
+            began = time.perf_counter()
+            g = a2gnn.make_graphs(args, net, chunk, seeds, device)
+            O = a2gnn.train_gnn(args, g, [s.name for s in chunk]).cpu().numpy()
+            seconds += time.perf_counter() - began
+            probs = [o[:len(own), :h, :w] for o, own, (h, w) in zip(O, g.classes, g.sizes)]
+            refined = dense_crf([s.image for s in chunk], probs, CRF(*args.gnn_crf), args.crf)
+            for score, outputs in zip(scores, (probs, refined)):
+                for s, own, output in zip(chunk, g.classes, outputs): score.add(own[output.argmax(0)], s.mask)
+        rows.append({"hidden": args.hidden, "epochs": str(args.epochs), "images": images,
+                     "miou_no_crf": scores[0].miou(), "miou": scores[1].miou(),
+                     "seconds_an_image": seconds / images})
+    report("a2gnn_schedule", device, {"run": folder.name, "data": args.data, "stride": args.stride}, rows)
+
+
+COMMANDS = {"a2gnn": a2gnn_speed, "schedule": a2gnn_schedule}      # one entry a subcommand
 
 
 def main():
