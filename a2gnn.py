@@ -43,6 +43,7 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
              [D13] odd kernels centre feature cell i on pixel stride·i, and maps are enlarged so; the authors'
                   bilinear enlargement puts it half a cell off
              [D14] without pretrained weights the first --cam-warmup steps train the tags alone (0 by default)
+             [D15] node features are cut at 0 (no change for ResNets), since MobileNetV2's blocks end without ReLU
 """
 
 import sys
@@ -724,7 +725,11 @@ def eq3_14_edges(distance, connected, sigma):
 
 
 def eq3_15_node_features(x):
-    """Eq. (3.15): each node's feature divided by its sum.   (…,D), non-negative after ReLU"""
+    """Eq. (3.15): each node's feature divided by its sum.   (…,D)
+
+    It needs features ≥ 0, as ResNets' after their ReLU; MobileNetV2's linear bottlenecks are cut at 0 [D15].
+    """
+    x = F.relu(x)
     return x / x.sum(-1, keepdim=True).clamp_min(1e-6)
 
 
