@@ -43,7 +43,7 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
              [D13] odd kernels centre feature cell i on pixel stride·i, and maps are enlarged so; the authors'
                   bilinear enlargement puts it half a cell off
              [D14] without pretrained weights the first --cam-warmup steps train the tags alone (0 by default)
-             [D15] node features are cut at 0 (no change for ResNets), since MobileNetV2's blocks end without ReLU
+             [D15] node features are cut at 0 (no change for ResNets): MobileNetV2's blocks end without ReLU
 """
 
 import sys
@@ -275,7 +275,7 @@ SHAPES = dict(
 PHOTOS = dict(
     cam_backbone="same", train_list="train", stride=16, cam_stride=16, seg_stride=16,
     cam_steps=330, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
-    aff_steps=260, walk_steps=16, hidden=64, epochs=(25, 25),
+    aff_steps=260, aff_lr=0.05, walk_steps=16, hidden=64, epochs=(25, 25),
     seg_steps=500, seg_batch=8, seg_lr=2e-3)
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
