@@ -943,6 +943,11 @@ def group_rates(net, new_layers, lr, weight_decay):
             for factor, params in groups.items()]
 
 
+def weights_of(backbone, weights):
+    """An MXNet file fits ResNet-38 alone: the run's other network then starts from torchvision's weights."""
+    return "imagenet" if weights.endswith(".params") and backbone != "resnet38" else weights
+
+
 def pretrained(backbone, weights):
     """Whether this backbone starts from trained weights, so that its batch norm is kept as it is."""
     return backbone != "tiny" and weights != "none"
@@ -957,7 +962,8 @@ def train_classifier(args, run, train_set):
 
     run.reseed("classifier")
     frozen = pretrained(args.cam_backbone, args.weights)
-    net = SEAM(make_backbone(args.cam_backbone, args.weights, args.cam_stride, frozen),
+    weights = weights_of(args.cam_backbone, args.weights)
+    net = SEAM(make_backbone(args.cam_backbone, weights, args.cam_stride, frozen),
                len(train_set.classes))
     ddp = run.place(net).train()
     optim = torch.optim.SGD(
@@ -1231,7 +1237,7 @@ def write_pseudo(args, run, net, train_set):
 
 
 def make_segmenter(backbone, weights, stride, classes):
-    net = make_backbone(backbone, weights, stride, pretrained(backbone, weights))
+    net = make_backbone(backbone, weights_of(backbone, weights), stride, pretrained(backbone, weights))
     return DeepLab(net, ASPP(net.channels[-1], classes + 1))                            # [D2]
 
 
