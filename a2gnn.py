@@ -28,7 +28,8 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
                   counts only where the boxes alone decide
              [D4] the affinity CNN starts from the classifier (paper silent; the authors' from an affinity
                   network trained on all SEAM labels)
-             [D5] Eqs. 3.12 and 3.22 are sums without a scale: 3.12 here the mean over pairs, 3.22 per node
+             [D5] Eqs. 3.12 and 3.22 are sums without a scale: 3.12 here the mean over pairs, 3.22 per node,
+                  over the authors' 11 x 11 window (--reg-radius 0: all pairs, as printed)
              [D6] Eq. 3.10 as printed; authors' code halves it and averages background and foreground
                   positives apart (--split-positives)
              [D7] affinity CNN: Euclidean r = 5 as printed (Eqs. 3.7, 3.11); graph: the authors' square
@@ -40,13 +41,15 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
              [D10] SGD without momentum for SEAM and affinity CNN: what their published optimiser really does
              [D11] GNN's output layer: the image's own classes (its tags) and background; the authors' has all
              [D12] random walk of Table 3.4: starts from the CAM inside its class's boxes, background outside
-             [D13] odd kernels centre feature cell i on pixel stride·i, and maps are enlarged so; the authors'
-                  bilinear enlargement puts it half a cell off
+             [D13] odd kernels centre feature cell i on pixel stride·i: so CAM, walk and GNN are enlarged (the
+                  authors' bilinear is half a cell off); taps and logits by torch's bilinear
              [D14] without pretrained weights the first --cam-warmup steps train the tags alone (0 by default)
              [D15] node features are cut at 0 (no change for ResNets): MobileNetV2's blocks end without ReLU
+             [D16] misprints: Eq. 3.13 squares its norms; Eq. 3.22 means c_i ≠ c_j (else it is constant);
+                  Eq. 3.28's d is a cosine, and labels other than the box's class stay (authors' code)
+             [D17] SEAM's code also has a background channel in L_ECR and a min-pooling term in L_cls
 """
 
-import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -65,8 +68,8 @@ from common import (
     parse_args, poly, rank, read_state, reduce, save_image, save_label, save_npz, shard, start_processes,
     world)
 from data import (
-    Draws, Sample, color_jitter, crop, flip, load, normalise, read_image, read_label, rescale, resize_long,
-    with_labels)
+    Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_image, read_label, rescale,
+    resize_long, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -276,12 +279,13 @@ PHOTOS = dict(
     cam_backbone="same", train_list="train", stride=16, cam_stride=16, seg_stride=16,
     cam_steps=330, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
     aff_steps=260, aff_lr=0.05, walk_steps=16, hidden=64, epochs=(25, 25),
-    seg_steps=500, seg_batch=8, seg_lr=2e-3)
+    seg_steps=400, seg_batch=8, seg_lr=5e-4, seg_crop=257, test_scales=(0.75, 1.0, 1.25))
 
+SEEDS = {"M_g": "seeds", "M_F": "seeds_F"}                                              # folders of the run
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
-    "classifier": "data root train_list seed weights cam_backbone cam_stride cam_steps cam_warmup cam_batch "
-                  "cam_lr cam_momentum cam_crop cam_resize er_scale ecr_top weight_decay",
+    "classifier": "data root train_list seed amp weights cam_backbone cam_stride cam_steps cam_warmup "
+                  "cam_batch cam_lr cam_momentum cam_crop cam_resize er_scale ecr_top weight_decay",
     "seeds": "supervision crf cam_scales bg_low bg_high confident confident_fg confident_bg confident_crf "
              "seed_crf grabcut_steps grabcut_min",
     "affinity": "stride aff_steps aff_batch aff_lr aff_momentum aff_radius affinity_reg w_affinity_reg "
@@ -325,13 +329,15 @@ class SEAM(nn.Module):
         cam = self.classifier(self.dropout(taps[-1]))
         low, mid = F.relu(self.low(taps[-3].detach())), F.relu(self.mid(taps[-2].detach()))
         feature = torch.cat([resample(t, cam.shape[-2:]) for t in (image, low, mid)], dim=1)
-        return cam.float(), pixel_correlation(cam.float().detach(), self.embed(feature).float())
+        cam, feature = cam.float(), self.embed(feature).float()
+        with torch.autocast(image.device.type, enabled=False):                      # means: too flat for bf16
+            return cam, pixel_correlation(cam.detach(), feature)
 
 
 class AffinityNet(nn.Module):
     """Affinity CNN (§3.3.3, Fig. 3.3): the last three blocks -> 64/128/256 channels -> 448 -> F_A.
 
-    forward(image (B,3,H,W))  ->  F_A (B,448,h,w), X (B,D,h,w) the concatenated features of the three blocks.
+    forward(image (B,3,H,W))  ->  F_A (B,448,h,w); nodes=True: also X (B,D,h,w), the blocks' features.
     """
 
     def __init__(self, backbone):
@@ -342,11 +348,12 @@ class AffinityNet(nn.Module):
         self.fuse = nn.Conv2d(448, 448, 1, bias=False)
         self.new_layers = [*self.narrow, self.fuse]
 
-    def forward(self, image):
+    def forward(self, image, nodes=False):
         taps = self.backbone(image)[-3:]
         taps = [resample(t, taps[-1].shape[-2:]) for t in taps]
         narrow = torch.cat([F.elu(conv(t)) for conv, t in zip(self.narrow, taps)], dim=1)
-        return F.elu(self.fuse(narrow)).float(), torch.cat(taps, dim=1).float()
+        F_A = F.elu(self.fuse(narrow)).float()
+        return (F_A, torch.cat(taps, dim=1).float()) if nodes else F_A
 
 
 class Window:
@@ -457,7 +464,7 @@ def pixel_correlation(cam, feature):
 
 
 def seam_loss(full, small, tags, ecr_top):
-    """L_cls, L_ER, L_ECR.   full, small: (cam, refined) at scale 1 and er_scale; tags (B,K) float
+    """L_cls, L_ER, L_ECR. [D17]   full, small: (cam, refined) at scale 1 and er_scale; tags (B,K) float
 
     L_ER: L1 between the CAMs of both scales. L_ECR: L1 between each scale's refined CAM and the other scale's
     plain one, counting its largest 20 % only.
@@ -474,9 +481,8 @@ def seam_loss(full, small, tags, ecr_top):
 
 
 def best_only(cam):
-    """Each pixel's best class keeps its score unless background, 1 − max, is larger; all others become 0."""
-    best = cam.amax(1, keepdim=True)
-    return cam * (cam == best) * (best >= 0.5)
+    """Each pixel's best class keeps its score, all others become 0.   (B,K,h,w)"""
+    return cam * (cam == cam.amax(1, keepdim=True))
 
 
 def hardest(difference, share):
@@ -698,18 +704,22 @@ def eq3_10_affinity_loss(distance, L_A, first, split=False):
 
 
 def eq3_13_gaussian(squared_xy, squared_rgb, sigma_xy, sigma_rgb):
-    """Eq. (3.13): exp(−‖ΔPos‖²/2σ_xy² − ‖ΔCor‖²/2σ_rgb²); the indicator [i ≠ j] is the caller's."""
+    """Eq. (3.13): exp(−‖ΔPos‖²/2σ_xy² − ‖ΔCor‖²/2σ_rgb²); [i ≠ j] is the caller's. [D16]"""
     return torch.exp(-squared_xy / (2 * sigma_xy**2) - squared_rgb / (2 * sigma_rgb**2))
 
 
-def eq3_12_affinity_regularised(distance, colour, offsets, sigma_xy, sigma_rgb):
-    """Eq. (3.12): mean_ij G(i,j) ‖F_A(i) − F_A(j)‖₁ / d_A.   [D5] distance (B,P), colour (B,h,w,3)"""
-    G = []
+def eq3_12_affinity_regularised(distance, colour, real, offsets, sigma_xy, sigma_rgb):
+    """Eq. (3.12): mean_ij G(i,j) ‖F_A(i) − F_A(j)‖₁ / d_A.   [D5]
+
+    distance (B,P), colour (B,h,w,3), real (B,h,w) bool: False in the crop's padding
+    """
+    G, valid = [], []
     for dy, dx in offsets:
         a, b = shifted(colour, dy, dx)
+        valid.append(torch.logical_and(*shifted(real, dy, dx)).flatten(1))
         rgb = (a - b).pow(2).sum(-1).flatten(1)
         G.append(eq3_13_gaussian(torch.full_like(rgb, dy * dy + dx * dx), rgb, sigma_xy, sigma_rgb))
-    return (torch.cat(G, dim=1) * distance).mean()
+    return masked_mean(torch.cat(G, dim=1) * distance, torch.cat(valid, dim=1))
 
 
 def cell_colours(image, stride):
@@ -740,7 +750,7 @@ def image_to_graph(net, image, stride, nodes, edges, device):
     valid (h,w,1) · adjacent (N,N) or None · pixels: (rows, columns) of `enlarge`, or superpixel index (H,W).
     """
     image_t = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
-    F_A, X = net(image_t)
+    F_A, X = net(image_t, nodes=True)
     (h, w), (H, W) = F_A.shape[-2:], image.shape[:2]
     place = torch.stack(
         torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")).float().to(device)[None]
@@ -863,7 +873,7 @@ def eq3_21_cross_entropy(log_O, M_g, balanced=False):
 
 
 def eq3_22_regularised(O, G, window, nodes):
-    """Eq. (3.22): Σ_ab G(a,b) Σ_{ci≠cj} O^ci(a) O^cj(b) over the window, per node [D5].
+    """Eq. (3.22): Σ_ab G(a,b) Σ_{ci≠cj} O^ci(a) O^cj(b) over the window, per node. [D5] [D16]
 
     O (B,h,w,C), 0 beyond the image's grid; G (B,T,q,k), nodes (B,) number of nodes -> (B,)
     """
@@ -918,7 +928,7 @@ def eq3_27_prototypes(H_points, valid):
 
 @torch.no_grad()
 def eq3_28_consistency(M_g, product, boxes):
-    """Eq. (3.28): a seed of a box's class in the box becomes 255 where its cosine with the prototype is ≤ 0.
+    """Eq. (3.28): a seed of the box's class becomes 255 where its cosine with the prototype is ≤ 0. [D16]
 
     M_g (B,H,W); product (M,H,W): inner product of each pixel's feature with the box's prototype, which has
     the cosine's sign -> (B,H,W)
@@ -953,13 +963,18 @@ def pretrained(backbone, weights):
     return backbone != "tiny" and weights != "none"
 
 
-def train_classifier(args, run, train_set):
-    """SEAM on image tags (Algorithm 2, first loop)."""
+def seam_augment(args):
+    """SEAM's augmentation, of classifier and affinity CNN.   -> function of a Sample and a numpy generator"""
     def augment(sample, rng):
+        sample = changed(sample, pseudo=np.zeros_like(sample.image[..., 0]))    # 255 after the crop = padding
         sample = resize_long(sample, int(rng.integers(args.cam_resize[0], args.cam_resize[1] + 1)))
         sample = flip(sample) if rng.random() < 0.5 else sample
         return normalise(crop(color_jitter(sample, rng, 0.3, 0.3, 0.3, 0.1), args.cam_crop, rng))
+    return augment
 
+
+def train_classifier(args, run, train_set):
+    """SEAM on image tags (Algorithm 2, first loop)."""
     run.reseed("classifier")
     frozen = pretrained(args.cam_backbone, args.weights)
     weights = weights_of(args.cam_backbone, args.weights)
@@ -969,7 +984,7 @@ def train_classifier(args, run, train_set):
     optim = torch.optim.SGD(
         group_rates(net, net.new_layers if frozen else [], args.cam_lr, args.weight_decay),
         lr=args.cam_lr, momentum=args.cam_momentum)
-    draws, schedule = Draws(train_set, augment, args.seed), poly(args.cam_steps)
+    draws, schedule = Draws(train_set, seam_augment(args), args.seed), poly(args.cam_steps)
     for step, batch in run.steps("classifier", draws, args.cam_steps, args.cam_batch, net, optim, schedule):
         small = F.interpolate(batch.image, scale_factor=args.er_scale, mode="bilinear", align_corners=False)
         with run.autocast():
@@ -1025,31 +1040,26 @@ def read_cam(run, name, classes):
 
 def train_affinity(args, run, classifier, train_set):
     """Affinity CNN on the confident seeds, Eq. (3.9): L_Aff = L_Ac + λ L_Ar (Algorithm 2, second loop)."""
-    def augment(sample, rng):
-        sample = resize_long(sample, int(rng.integers(args.cam_resize[0], args.cam_resize[1] + 1)))
-        sample = flip(sample) if rng.random() < 0.5 else sample
-        return normalise(crop(color_jitter(sample, rng, 0.3, 0.3, 0.3, 0.1), args.cam_crop, rng))
-
     run.reseed("affinity")
     net = AffinityNet(make_backbone(args.cam_backbone, "none", args.stride))
     net.backbone.load_state_dict(classifier.backbone.state_dict())                      # [D4]
-    net.backbone.freeze()  # batch norm as the classifier's
     ddp = run.place(net).train()
     optim = torch.optim.SGD(group_rates(net, net.new_layers, args.aff_lr, args.weight_decay),
                             lr=args.aff_lr, momentum=args.aff_momentum)
     seeds = with_labels(train_set, seed=run.dir / SEEDS[args.seed_labels])
-    draws, schedule = Draws(seeds, augment, args.seed), poly(args.aff_steps)
+    draws, schedule = Draws(seeds, seam_augment(args), args.seed), poly(args.aff_steps)
     offsets, s = window_offsets(args.aff_radius), args.stride
     for step, batch in run.steps("affinity", draws, args.aff_steps, args.aff_batch, net, optim, schedule):
         with run.autocast():
-            F_A, _ = ddp(batch.image)
+            F_A = ddp(batch.image)
         distance = PairDistance.apply(F_A.permute(0, 2, 3, 1).contiguous(), offsets)
         L_A, first = eq3_6_7_pair_labels(batch.seed[:, ::s, ::s], offsets)  # M'_g: the pixel of each cell
         loss = loss_ac = eq3_10_affinity_loss(distance, L_A, first, args.split_positives)
         loss_ar = torch.zeros(())
         if args.affinity_reg:
-            colour = cell_colours(batch.image, s).permute(0, 2, 3, 1)
-            loss_ar = eq3_12_affinity_regularised(distance, colour, offsets, args.gauss_xy, args.gauss_rgb)
+            colour, real = cell_colours(batch.image, s).permute(0, 2, 3, 1), batch.pseudo[:, ::s, ::s] == 0
+            loss_ar = eq3_12_affinity_regularised(distance, colour, real, offsets,
+                                                  args.gauss_xy, args.gauss_rgb)
             loss = loss + args.w_affinity_reg * loss_ar                                 # Eq. (3.9)
         optim.zero_grad()
         loss.backward()
@@ -1057,9 +1067,6 @@ def train_affinity(args, run, classifier, train_set):
         run.log(step, loss_ac=loss_ac, loss_ar=loss_ar, known=(L_A != 255).float().mean(),
                 differ=(L_A == 0).float().mean())
     return net.eval()
-
-
-SEEDS = {"M_g": "seeds", "M_F": "seeds_F"}                                              # folders of the run
 
 
 @torch.no_grad()
@@ -1224,7 +1231,6 @@ def write_pseudo(args, run, net, train_set):
     with run.timed("pseudo"):
         for names in run.todo(train_set.names, "pseudo", args.batch_images, stage="pseudo",
                               beside=("pseudo_raw",)):
-            names = [names] if isinstance(names, str) else names
             samples = [train_set[train_set.index(name)] for name in names]
             seeds = [read_label(run.path(SEEDS[args.seed_labels], name), train_set.classes) for name in names]
             g = make_graphs(args, net, samples, seeds, run.device)
@@ -1380,8 +1386,7 @@ def predict_folder(args):
     net = make_segmenter(made["backbone"], "none", made["seg_stride"], classes)
     net.load_state_dict(state["model"])
     net = net.to(device, memory_format=torch.channels_last).eval()
-    chosen = any(flag.split("=")[0] == "--out" for flag in sys.argv)
-    folder = Path(args.out if chosen else Path(args.checkpoint).parent) / "predict"
+    folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
     for file in tqdm(shard(files), "predict"):
         image = read_image(file)
         prob = predict(net, image, made["test_scales"], device)
@@ -1397,6 +1402,7 @@ def main():
     if args.predict:
         return predict_folder(args)
     train_set, val_set = load(args, "train"), load(args, "val")
+    make_segmenter(args.backbone, args.weights, args.seg_stride, 1)                # wrong weights: say so now
     run = Run(args, FIELDS)
     if args.supervision != "full":
         classifier = train_classifier(args, run, train_set)                             # Eq. (3.1)
@@ -1404,12 +1410,14 @@ def main():
         affinity = train_affinity(args, run, classifier, train_set)                     # Eqs. (3.6)–(3.13)
         write_walk(args, run, affinity, train_set)                                      # Table 3.4's RW
         write_pseudo(args, run, affinity, train_set)                                    # Eqs. (3.14)–(3.28)
-        evaluate_labels(args, run, "train")
-        save_panels(args, run, "train")
+        if not run.has("pseudo"):
+            save_panels(args, run, "train")
+            evaluate_labels(args, run, "train")
     segmenter = train_segmenter(args, run, train_set)
     write_predictions(args, run, segmenter, val_set)
-    evaluate_labels(args, run, "val")
-    save_panels(args, run, "val")
+    if not run.has("val_crf"):
+        save_panels(args, run, "val")
+        evaluate_labels(args, run, "val")
     run.table()
 
 

@@ -7,8 +7,8 @@ background, C channels or classes with it, H,W pixels, h,w feature grid. 0 = bac
     run = Run(args, FIELDS)                                   # runs/<name>/
     for step, batch in run.steps("net", draws, 1000, 16, net, optim, poly(1000)):   # saves, continues
         ...
-    for name in run.todo(names, "pseudo"):                    # what is not written yet
-        save_label(run.path("pseudo", name), label)
+    for chunk in run.todo(names, "pseudo", 16):               # what is not written yet
+        for name in chunk: save_label(run.path("pseudo", name), label)
     run.result("val", split="val", n_images=len(names), confusion=confusion)
 """
 import contextlib
@@ -84,7 +84,8 @@ def parse_args(Args, doc, presets=None, argv=None):
     args = tyro.cli(Args, description="", args=argv, default=Args(**values))
     args.preset = preset
     args.root = args.root or f"data/{args.data}"
-    args.out = args.out or f"runs/{Path(sys.argv[0]).stem}-{args.data}-{args.supervision}-s{args.seed}"
+    if not getattr(args, "predict", ""):
+        args.out = args.out or f"runs/{Path(sys.argv[0]).stem}-{args.data}-{args.supervision}-s{args.seed}"
     return args
 
 
@@ -162,9 +163,13 @@ def start_processes(device):
     """torch.device for --device auto|cpu|cuda; joins torchrun's process group, by gloo or nccl."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+    known = re.fullmatch(r"cpu|cuda(:\d+)?", device)
+    if not known or device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: give auto, cpu, cuda or cuda:N; torch sees "
+                        f"{torch.cuda.device_count()} GPUs")
+    if device == "cuda" or device != "cpu" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device != "cpu": torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         day = datetime.timedelta(days=1)                        # the slowest share of images may take long
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=day)
@@ -227,7 +232,7 @@ def voc_palette():
 
 # ── The run folder ──────────────────────────────────────────────────────────────────────────────────────────
 
-NO_EFFECT = {"out", "root", "device", "workers", "fresh", "reuse", "predict", "checkpoint", "log_every",
+NO_EFFECT = {"out", "device", "workers", "fresh", "reuse", "predict", "checkpoint", "log_every",
              "save_every", "batch_images"}                      # fields that cannot change a result
 
 
@@ -258,6 +263,9 @@ class Run:
     def __init__(self, args, fields=None):
         self.args, self.fields, self.dir = args, fields or {}, Path(args.out)
         self.device = start_processes(args.device)
+        for name, size in vars(args).items():                   # now, not after days of earlier stages
+            if name.endswith("_batch") and size % world():
+                raise UserError(f"--{name.replace('_', '-')} {size} can not be split over {world()}")
         self.stage, self.marks, self.bar, self.writer = "", {}, None, None
         if rank() == 0:
             self.lock()
@@ -298,8 +306,8 @@ class Run:
         for name in read_json(self.dir / "state.json", {"wrote": []})["wrote"]:
             if (self.dir / name).is_dir(): shutil.rmtree(self.dir / name)
             else: (self.dir / name).unlink(missing_ok=True)
-        own = [self.dir / name for name in ("args.json", "state.json", "results.json", "log.jsonl")]
-        for file in [*own, *self.dir.glob("events.out.tfevents.*")]:
+        own = [self.dir / name for name in ("results.json", "log.jsonl", "state.json", "args.json")]
+        for file in [*self.dir.glob("events.out.tfevents.*"), *own]:            # args.json last: the guard
             file.unlink(missing_ok=True)
 
     def note(self, name):
@@ -364,8 +372,7 @@ class Run:
         final weights, trained now, earlier, or by the run given as --reuse.
         """
         from data import collate
-        part, left = divmod(batch, world())
-        if left: raise UserError(f"{stage}: a batch of {batch} can not be split over {world()} processes")
+        part = batch // world()
         for group in optim.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self.stage = stage
@@ -384,6 +391,8 @@ class Run:
                 self.bar.update()
                 if (step + 1) % self.args.save_every == 0 or step + 1 == steps:
                     self.save(stage, net, optim, step + 1)
+        if world() > 1:                                         # DDP copies statistics only before a forward
+            for buffer in unwrap(net).buffers(): dist.broadcast(buffer, 0)
         self.stage = ""
         self.reseed(stage, "end")
         barrier()
@@ -400,6 +409,7 @@ class Run:
     def restore(self, stage, net, optim):
         """Sets net, optimiser and random state to <stage>.pt; returns the step to go on with."""
         if not (self.dir / f"{stage}.pt").exists():
+            if rank() == 0: self.cut_log(stage, 0)
             return 0
         state = read_state(self.dir / f"{stage}.pt")
         unwrap(net).load_state_dict(state["model"])
@@ -440,11 +450,11 @@ class Run:
     # --- label synthesis ---
 
     def todo(self, names, folder, chunk=1, stage=None, beside=()):
-        """Yields this process' names whose <folder>/<name>.png or .npz is not written yet.
+        """Yields lists of this process' names whose <folder>/<name>.png or .npz is not written yet.
 
-        chunk > 1 yields lists: names[0:chunk], … as fixed by the full list; a chunk is left out when all its
-        files exist. stage: the --reuse key of these files, and of those in the folders `beside`, which the
-        loop writes before them.
+        Chunks are names[0:chunk], … of the full list; one is left out when all its files exist. The random
+        state is set by folder and chunk, so it does not matter what was done before. stage: the --reuse key
+        of these files, and of those in the folders `beside`, which the loop writes before them.
         """
         names, suffixes = list(names), (".png", ".npz")
         self.take_over(stage, [f"{place}/{name}{suffix}" for place in (*beside, folder) for name in names
@@ -454,7 +464,8 @@ class Run:
                                                        for suffix in suffixes) for name in part)]
         with self.progress(len(chunks), len(chunks) - len(left), folder) as bar:
             for part in left:
-                yield part if chunk > 1 else part[0]
+                self.reseed(folder, part[0])
+                yield part
                 bar.update()
                 self.tick()
         self.reseed(folder, "end")
@@ -500,9 +511,10 @@ class Run:
         entry = {"stage": stage, **values}
         if confusion is not None: entry.update(miou=confusion.miou(), iou=confusion.iou())
         entry.setdefault("seconds", round(self.seconds(stage), 2))
-        entry.setdefault("peak_memory_mb", peak_memory(self.device))
         stages = self.results["stages"]
         at = next((i for i, old in enumerate(stages) if old["stage"] == stage), len(stages))
+        before = max((old.get("peak_memory_mb", 0) for old in stages[at:at + 1]), default=0)
+        entry.setdefault("peak_memory_mb", max(before, peak_memory(self.device)))
         stages[at:at + 1] = [entry]
         if rank() == 0: write_json(self.dir / "results.json", self.results)
         self.say(f"[{stage}] " + " ".join(f"{key}={show_value(value)}" for key, value in entry.items()
@@ -616,10 +628,10 @@ def make_backbone(name, weights, output_stride, frozen_bn=True):
     weights: "imagenet" (torchvision's IMAGENET1K_V1), "none", or a file: a state dict in torchvision's keys
     (half precision is cast), for resnet38 also MXNet's .params. output_stride: of the deepest tap; strides
     beyond it become dilation, the weights stay. frozen_bn: batch norms are not trained (take False where they
-    start from nothing). Raises ValueError for a name or stride that there is not, UserError for weights.
+    start from nothing). Raises UserError for a name, a stride or weights that there are not.
     """
     if name not in CHANNELS:
-        raise ValueError(f"backbone {name}: there is {', '.join(CHANNELS)}")
+        raise UserError(f"backbone {name}: there is {', '.join(CHANNELS)}")
     if name == "resnet38":
         backbone = ResNet38()
         load_weights(backbone, name, weights)
@@ -629,7 +641,7 @@ def make_backbone(name, weights, output_stride, frozen_bn=True):
         blocks = parts_between_taps(net, name)
         backbone = Backbone(blocks, CHANNELS[name], dilate(blocks, output_stride))
     if backbone.strides[-1] != output_stride:
-        raise ValueError(f"{name} can not have output stride {output_stride}, only {backbone.strides[-1]}")
+        raise UserError(f"{name} can not have output stride {output_stride}, only {backbone.strides[-1]}")
     return backbone.freeze() if frozen_bn else backbone
 
 
@@ -682,8 +694,8 @@ def dilate(blocks, output_stride):
             elif strided:
                 dilation *= 2
                 layer.stride = 1 if pool else (1, 1)
-            if pool and strided and dilation > before:
-                layer.kernel_size, layer.padding = 3, 1         # as DeepLab-v1: 2x2 would shift by half
+            if pool and strided:
+                layer.kernel_size, layer.padding = 3, 1         # DeepLab-v1's: cell i lies on pixel stride·i
             if not pool:
                 layer.dilation, layer.padding = (before, before), (kernel // 2 * before,) * 2
         strides.append(stride)

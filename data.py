@@ -17,6 +17,7 @@ Commands     python data.py check --data voc --root data/voc                    
 import contextlib
 import copy
 import json
+import shutil
 import sys
 import types
 import xml.etree.ElementTree as ET
@@ -174,7 +175,8 @@ def denormalise(image):
 
 def collate(samples):
     """B normalised samples -> one: image (B,3,H,W), tags (B,K), label maps (B,H,W); the others are lists."""
-    batch = {key: [getattr(s, key) for s in samples] for key in vars(samples[0])}
+    batch = {key: [getattr(s, key) for s in samples] for key in vars(samples[0])
+             if all(hasattr(s, key) for s in samples)}          # SBD's pictures have no instances, VOC's have
     stacked = ("image", "tags") + LABEL_MAPS
     return Sample(**{key: torch.stack(values) if key in stacked else values for key, values in batch.items()})
 
@@ -491,7 +493,11 @@ def find_fields(names, files, wish, notes, classes, where):
     notes |= {key: "derived from the (instance) masks, seeded by picture name" for key in derived}
     fields = [key for key in wish.shown if files[key] or key in derived]
     if "mask" in fields:
-        read_values([files["mask"][name] for name in names if name in files["mask"]], classes)
+        masked = [files["mask"][name] for name in names if name in files["mask"]]
+        read_values(masked, classes)
+        if len(masked) < len(names):
+            fields.remove("mask")
+            notes["mask"] = f"{len(masked)} of {len(names)} pictures have a mask: labels are not scored"
     return fields
 
 
@@ -1015,7 +1021,8 @@ def voc_aug(sbd: str, root: str = "data/voc") -> None:
     mats = next((found for folder in folders if (found := stems(folder, (".mat",)))), {})
     if not mats: raise DataError(f"no cls/*.mat in {sbd}; give SBD's folder benchmark_RELEASE as --sbd")
     own, target = stems(root / "SegmentationClass"), root / "SegmentationClassAug"
-    target.mkdir(exist_ok=True)
+    part = target.with_name(f"{target.name}.part")                        # renamed when it is complete
+    part.mkdir(exist_ok=True)
     for name in tqdm(sorted({*mats, *own}), desc="SegmentationClassAug"):
         if name in own:
             label = read_label(own[name], len(VOC_CLASSES))
@@ -1023,7 +1030,9 @@ def voc_aug(sbd: str, root: str = "data/voc") -> None:
             with reading(mats[name], "SBD label", "unpack SBD again"):
                 fields = loadmat(mats[name], squeeze_me=True, struct_as_record=False)
                 label = np.asarray(fields["GTcls"].Segmentation, np.uint8)
-        save_label(target / f"{name}.png", label)
+        save_label(part / f"{name}.png", label)
+    if target.is_dir(): shutil.rmtree(target)
+    part.rename(target)
     count = len(voc_names(root, "train_aug"))
     print(f"{target}: {len({*mats, *own})} masks; train_aug now has {count} pictures (expected 10582)")
 
