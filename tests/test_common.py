@@ -550,13 +550,16 @@ def test_dilation_keeps_the_weights_and_what_they_compute(name, tmp_path):
     assert torch.allclose(fine[2][..., ::2, ::2], coarse[2], atol=1e-5 * coarse[2].abs().max())
 
 
-def test_vgg16_runs_its_last_pooling_at_stride_one(tmp_path):
+def test_vgg16_pools_as_deeplab_v1(tmp_path):
+    """Poolings of 3x3, so that cell i lies on pixel stride·i and odd sizes give ceil(size / stride) cells."""
     net, file = saved_weights("vgg16", tmp_path)
     fine = make_backbone("vgg16", file, 8)
-    x = torch.randn(1, 3, 32, 32)
+    for pool in (4, 9, 16): net.features[pool] = nn.MaxPool2d(3, 2, 1)
+    x = torch.randn(1, 3, 33, 41)
     with torch.no_grad():
         taps = fine(x)
-        assert torch.allclose(taps[2], net.features[:23](x), atol=1e-4) and taps[3].shape[-1] == 4
+        assert torch.allclose(taps[2], net.features[:23](x), atol=1e-4)
+        assert taps[3].shape[-2:] == (5, 6) and taps[1].shape[-2:] == (9, 11)
     assert [m.dilation for m in fine.blocks[3].modules() if isinstance(m, nn.Conv2d)] == [(2, 2)] * 3
 
 
