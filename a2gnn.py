@@ -64,9 +64,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (
-    ASPP, CRF, ConfusionMatrix, DeepLab, Run, UserError, contact_sheet, dense_crf, make_backbone, overlay,
-    parse_args, poly, rank, read_state, reduce, save_image, save_label, save_npz, shard, start_processes,
-    world)
+    ASPP, CRF, ConfusionMatrix, DeepLab, Run, UserError, contact_sheet, dense_crf, label_probs,
+    make_backbone, overlay, parse_args, poly, rank, read_state, reduce, save_image, save_label, save_npz,
+    shard, start_processes, world)
 from data import (
     Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_image, read_label, rescale,
     resize_long, with_labels)
@@ -109,8 +109,8 @@ class Args:
     """processes that load images, and that run the CRF on the CPU"""
     weights: str = "imagenet"
     """imagenet (torchvision's IMAGENET1K_V1), none, or a file"""
-    crf: Literal["pydensecrf", "none"] = "pydensecrf"
-    """dense CRF: pydensecrf, or none at all"""
+    crf: Literal["torch", "pydensecrf", "none"] = "torch"
+    """dense CRF: built in (CPU and GPU), pydensecrf (the reference), or none at all"""
     predict: str = ""
     """a picture or a folder: no training, writes masks and overlays; needs --checkpoint"""
     checkpoint: str = ""
@@ -271,15 +271,15 @@ SHAPES = dict(
     backbone="tiny", cam_backbone="tiny", weights="none", stride=4, cam_stride=8, seg_stride=4,
     cam_steps=1200, cam_warmup=900, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
     er_scale=0.6, aff_steps=120, aff_batch=8, walk_steps=16, hidden=64, epochs=(15, 15),
-    seg_steps=2000, seg_batch=8, seg_lr=0.05, seg_crop=96, seg_rescale=(0.75, 1.25),
+    seg_steps=4000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rescale=(0.75, 1.25),
     test_scales=(0.75, 1.0, 1.25))
 # A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
 # (On grids coarser than the paper's the walk takes fewer steps: its reach grows with their square root.)
 PHOTOS = dict(
     cam_backbone="same", train_list="train", stride=16, cam_stride=16, seg_stride=16,
     cam_steps=330, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
-    aff_steps=260, aff_lr=0.05, walk_steps=16, hidden=64, epochs=(25, 25),
-    seg_steps=400, seg_batch=8, seg_lr=5e-4, seg_crop=257, test_scales=(0.75, 1.0, 1.25))
+    aff_steps=520, aff_lr=0.05, walk_steps=16, hidden=64, epochs=(25, 25),
+    seg_steps=2000, seg_batch=8, seg_lr=5e-4, seg_crop=257, test_scales=(0.75, 1.0, 1.25))
 
 SEEDS = {"M_g": "seeds", "M_F": "seeds_F"}                                              # folders of the run
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
@@ -427,6 +427,7 @@ class A2GNN(nn.Module):
     def forward(self, x, edges, window, keep=None):
         H = F.relu(x.flatten(1, 2) @ self.W0).unflatten(1, x.shape[1:3])                # Eq. (3.16)
         H = H if keep is None else H * keep  # §3.4: dropout after layer 1
+        terms = edge_terms(edges, self.beta)                                            # for all layers
         for i in range(self.layers):
             if self.kind in ("gcn", "gat"):
                 H = (H.flatten(1, 2) @ self.Wl[i]).unflatten(1, x.shape[1:3])
@@ -435,7 +436,7 @@ class A2GNN(nn.Module):
             elif self.kind == "gat":
                 H = F.elu(gat_layer(H, edges, self.al[i], window))
             else:
-                H = eq3_17_18_attention(H, edges, self.w[:, i], self.beta, window, self.use_cos,
+                H = eq3_17_18_attention(H, terms, self.w[:, i], self.beta, window, self.use_cos,
                                         self.use_edge)
         return H, (H.flatten(1, 2) @ self.W).unflatten(1, x.shape[1:3])  # Eq. (3.19), softmax in the loss
 
@@ -839,16 +840,23 @@ def random_walk(score, affinity, window, steps):
 def eq3_17_18_attention(H, E, w, beta, window, use_cos=True, use_edge=True):
     """Eqs. (3.17), (3.18): H^{l+1} = P H^l, P(i,j) = softmax_{j∈S(i)} (w cos(H_i,H_j) + β [cos > 0] E_ij).
 
-    H (B,h,w,d), E (B,T,q,k) with 0 for j ∉ S(i), w (B,) -> (B,h,w,d)
+    H (B,h,w,d), w (B,) -> (B,h,w,d); E (B,T,q,k) with 0 for j ∉ S(i), or what edge_terms made of it
     """
+    joined, apart = E if isinstance(E, tuple) else edge_terms(E, beta)
     norm = H.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-    unit = H / norm
+    unit, w = H / norm, w[:, None, None, None]
     k = window.keys(unit)
-    cos = window.queries(unit) @ k.transpose(-1, -2)
-    logits = (w[:, None, None, None] if use_cos else 0) * cos
-    logits = logits + torch.where(E > 0, beta * E * (cos > 0) if use_edge else 0.0, -1e9)
+    logits = window.queries(unit * w if use_cos else unit) @ k.transpose(-1, -2)        # w cos
+    positive = torch.where(w > 0, logits > 0, logits < 0) if use_cos else logits > 0
+    logits = (logits if use_cos else 0) + (torch.where(positive, joined, apart) if use_edge else apart)
     P = logits.softmax(-1)
     return window.fold((P * window.keys(norm).transpose(-1, -2)) @ k)  # keys of H are norm · unit
+
+
+def edge_terms(E, beta):
+    """What Eq. (3.18) adds where the cosine is positive, β E, and where it is not, 0; -1e9 for j ∉ S(i)."""
+    apart = torch.where(E > 0, 0.0, -1e9)
+    return apart + beta * E, apart
 
 
 def gcn_layer(H, E, window):
@@ -877,8 +885,8 @@ def eq3_22_regularised(O, G, window, nodes):
 
     O (B,h,w,C), 0 beyond the image's grid; G (B,T,q,k), nodes (B,) number of nodes -> (B,)
     """
-    differ = 1 - window.queries(O) @ window.keys(O).transpose(-1, -2)
-    return (G * differ).sum((1, 2, 3)) / nodes
+    same = window.queries(O) * (G @ window.keys(O))                                     # Σ_b G(a,b) O(a) O(b)
+    return (G.sum((1, 2, 3)) - same.sum((1, 2, 3))) / nodes
 
 
 def inside_boxes(boxes, H, W):
@@ -1006,9 +1014,10 @@ def write_seeds(args, run, net, train_set):
             images = [s.image for s in samples]
             cams = [multi_scale_cam(net, s.image, s.tags, args.cam_scales, args.cam_stride, run.device)
                     for s in samples]
-            low, high = (dense_crf(images, [with_background(cam, exponent) for cam in cams], args.seed_crf,
-                                   args.crf, args.workers) for exponent in (args.bg_low, args.bg_high))
-            for s, cam, crf_low, crf_high in zip(samples, cams, low, high):
+            pairs = [np.stack([with_background(cam, exponent) for exponent in (args.bg_low, args.bg_high)])
+                     for cam in cams]
+            refined = dense_crf(images, pairs, args.seed_crf, args.crf, args.workers, run.device)
+            for s, cam, (crf_low, crf_high) in zip(samples, cams, refined):
                 M_I = eq3_1_cam_labels(crf_low, crf_high)
                 sure = confident_cam_labels(M_I, cam, crf_low, crf_high, args.bg_high, args.confident,
                                             args.confident_fg, args.confident_bg, args.confident_crf)
@@ -1077,7 +1086,8 @@ def write_walk(args, run, net, train_set):
             samples = [train_set[train_set.index(name)] for name in names]
             cams = [read_cam(run, name, len(train_set.classes)) for name in names]
             probs = [walk_image(args, net, s, cam, run.device) for s, cam in zip(samples, cams)]
-            refined = dense_crf([s.image for s in samples], probs, args.gnn_crf, args.crf, args.workers)
+            refined = dense_crf([s.image for s in samples], probs, args.gnn_crf, args.crf, args.workers,
+                                run.device)
             for s, prob, crf in zip(samples, probs, refined):
                 save_label(run.path("walk", s.name), prob.argmax(0))
                 save_label(run.path("walk_crf", s.name), crf.argmax(0))
@@ -1236,7 +1246,8 @@ def write_pseudo(args, run, net, train_set):
             g = make_graphs(args, net, samples, seeds, run.device)
             O = train_gnn(args, g, names).cpu().numpy()
             probs = [o[:len(own), :H, :W] for o, own, (H, W) in zip(O, g.classes, g.sizes)]
-            refined = dense_crf([s.image for s in samples], probs, args.gnn_crf, args.crf, args.workers)
+            refined = dense_crf([s.image for s in samples], probs, args.gnn_crf, args.crf, args.workers,
+                                run.device)
             for name, own, prob, crf in zip(names, g.classes, probs, refined):
                 save_label(run.path("pseudo_raw", name), own[prob.argmax(0)])
                 save_label(run.path("pseudo", name), own[crf.argmax(0)])
@@ -1295,7 +1306,7 @@ def write_predictions(args, run, net, val_set):
         for names in run.todo(val_set.names, "val_crf", chunk=16):
             images = [val_set[val_set.index(name)].image for name in names]
             probs = [predict(net, image, args.test_scales, run.device) for image in images]
-            refined = dense_crf(images, probs, args.seg_crf, args.crf, args.workers)
+            refined = dense_crf(images, probs, args.seg_crf, args.crf, args.workers, run.device)
             for name, prob, crf in zip(names, probs, refined):
                 save_label(run.path("val", name), prob.argmax(0))
                 save_label(run.path("val_crf", name), crf.argmax(0))
@@ -1332,7 +1343,7 @@ def evaluate_labels(args, run, split):
     result("cam", cam, ["classifier"], crf=False, scales=args.cam_scales)
     M_F, M_g = written("seeds_F"), written("seeds")
     control = confusion_of(truth, lambda s: seeds_with_crf(
-        s, read_label(run.path("seeds_F", s.name), truth.classes), args.gnn_crf, args.crf))
+        s, read_label(run.path("seeds_F", s.name), truth.classes), args.gnn_crf, args.crf, run.device))
     result("seed", M_F, ["seeds"], crf=True, precision=M_F.precision(), coverage=M_F.coverage(),
            miou_confident=M_g.miou(), precision_confident=M_g.precision(), coverage_confident=M_g.coverage(),
            miou_crf_control=control.miou())
@@ -1340,14 +1351,13 @@ def evaluate_labels(args, run, split):
     result("pseudo", written("pseudo"), ["pseudo"], crf=True, miou_no_crf=written("pseudo_raw").miou())
 
 
-def seeds_with_crf(sample, seed, crf, backend):
+def seeds_with_crf(sample, seed, crf, backend, device):
     """Control: box seeds and a CRF only; a labelled pixel starts at 0.7, an unknown one even.   -> (H,W)"""
     present = np.concatenate([[0], np.flatnonzero(sample.tags) + 1])
-    prob = np.full((len(present), *seed.shape), 1 / len(present))
-    for i, c in enumerate(present):
-        prob[:, seed == c] = 0.3 / max(1, len(present) - 1)
-        prob[i, seed == c] = 0.7
-    return present[dense_crf([sample.image], [prob], crf, backend)[0].argmax(0)]
+    local = np.full(256, 255)
+    local[present] = range(len(present))
+    prob = label_probs(local[seed], len(present))
+    return present[dense_crf([sample.image], [prob], crf, backend, device=device)[0].argmax(0)]
 
 
 def save_panels(args, run, split):
@@ -1390,7 +1400,7 @@ def predict_folder(args):
     for file in tqdm(shard(files), "predict"):
         image = read_image(file)
         prob = predict(net, image, made["test_scales"], device)
-        label = dense_crf([image], [prob], CRF(*made["seg_crf"]), args.crf)[0].argmax(0)
+        label = dense_crf([image], [prob], CRF(*made["seg_crf"]), args.crf, device=device)[0].argmax(0)
         save_label(folder / f"{file.stem}.png", label)
         save_image(folder / f"{file.stem}_overlay.png", overlay(image, label))
 

@@ -18,6 +18,7 @@ import fcntl
 import functools
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -947,6 +948,191 @@ class DeepLab(nn.Module):
         return self.head(self.backbone(image)[-1])
 
 
+# ── Gaussian filtering on the permutohedral lattice ─────────────────────────────────────────────────────────
+
+class PermutohedralLattice:
+    """Gaussian filter of N points in time linear in N (Adams, Baek, Davis 2010; the steps' names are theirs).
+
+    filter(x)_i = s · sum over the points j of i's image of exp(-|f_i - f_j|²/2) x_j, nearly: s is about 0.6
+    for d = 5 and 0.9 for d = 2. Kraehenbuehl's code errs alike, and papers' numbers were made with it.
+    features (N,d), float32 or float64, in deviations of the kernel; image (N,) int64: each point's image,
+    None = one. bag: the most values that one sum of the splat takes in (a flat region's vertex has thousands,
+    which a GPU adds up one by one); 0 = any number. Deterministic.
+    """
+
+    def __init__(self, features, image=None, bag=None):
+        (N, d), device, real = features.shape, features.device, features.dtype
+        # Elevate: into the plane of d+1 coordinates with sum 0, in units in which the blur has deviation 1.
+        axis = torch.arange(1, d + 1, device=device, dtype=real)
+        f = features.T * ((d + 1) * (2 / 3) ** 0.5 / (axis * (axis + 1)).sqrt())[:, None]
+        elevated, total = f.new_empty(d + 1, N), f.new_zeros(N)
+        for j in range(d, 0, -1):
+            torch.sub(total, f[j - 1], alpha=j, out=elevated[j])
+            total += f[j - 1]
+        elevated[0] = total
+        # Embed in the simplex: the nearest point of remainder 0, (d+1)·cell; the ranks of the offsets to it.
+        cell = (elevated / (d + 1)).round_()
+        offset, cell = elevated.sub_(cell, alpha=d + 1), cell.int()
+        rank = cell.sum(0, dtype=torch.int32).repeat(d + 1, 1)
+        for i in range(d):
+            for j in range(i + 1, d + 1):
+                less = offset[i] < offset[j]
+                rank[i] += less
+                rank[j] += less.logical_not_()
+        wrap = (rank < 0).int() - (rank > d).int()              # where that point lies beside the plane
+        rank, cell = rank.add_(wrap, alpha=d + 1).long(), cell.add_(wrap)
+        offset.sub_(wrap, alpha=d + 1)
+        # Barycentric weights of the simplex's corners 0..d.
+        falling = torch.empty_like(offset).scatter_(0, rank, offset.div_(d + 1))
+        weight = torch.cat([falling[d:] - falling[:1] + 1, (falling[:-1] - falling[1:]).flip(0)])
+        # Keys: corner k has remainder k; from corner k-1 to k the cell of rank d+1-k falls by one. A key's
+        # digits are the remainder and the first d cells, with room for neighbours of the outermost corners.
+        low = cell.amin(1) - 2
+        digits = (cell.amax(1) - low + 2).tolist()[:d]
+        unit = [(d + 1) * math.prod(digits[:i]) for i in range(d + 1)]
+        count = unit[d] * (1 if image is None else int(image.max()) + 1)
+        if count >= 2 ** 63:
+            raise ValueError(f"PermutohedralLattice: the features span {count:.0e} cells, 2^63 is the most; "
+                             "are the deviations far too small?")
+        whole = torch.int32 if count < 2 ** 31 else torch.int64                         # sorts twice as fast
+        units = torch.tensor([*unit[:d], 0], device=device, dtype=whole)[:, None]
+        key = ((cell - low[:, None]).to(whole) * units).sum(0, dtype=whole)
+        key = key if image is None else key + image.to(whole) * unit[d]
+        fall = torch.empty(d + 1, N, device=device, dtype=whole)
+        fall.scatter_(0, rank, units.expand(-1, N) - 1)
+        key = torch.cat([key[None], -fall[1:].flip(0)]).cumsum(0, dtype=whole)
+        # Vertices: equal keys. One stable sort gives each vertex's corners and each corner's vertex.
+        key, order = key.flatten().sort(stable=True)
+        new = torch.ones_like(key, dtype=torch.bool)
+        torch.ne(key[1:], key[:-1], out=new[1:])
+        start = new.nonzero()[:, 0]
+        vertex, M = key[start], len(start)
+        number = torch.empty_like(order, dtype=torch.int32)
+        number.scatter_(0, order, new.cumsum(0, dtype=torch.int32).sub_(1))
+        self.vertex = number.view(d + 1, N).T.contiguous()
+        self.slice_weight = weight.T.contiguous().div_(1 + 2.0 ** -d)
+        self.point, self.splat_weight = order.int().remainder_(N), weight.flatten()[order]
+        start = F.pad(start, (0, 1), value=len(order))          # vertex M is empty: its value is always zero
+        self.splat, self.pieces = start.int(), None
+        bag = (64 if features.is_cuda else 0) if bag is None else bag
+        if bag:                                                 # sums of at most `bag`, then their sums
+            pieces = F.pad((start.diff() + bag - 1) // bag, (0, 1))
+            self.pieces = (pieces.cumsum(0) - pieces).int()
+            inner = torch.arange(int(pieces.sum()), device=device)
+            inner -= self.pieces.repeat_interleave(pieces)
+            self.splat = (start.repeat_interleave(pieces) + bag * inner).int()
+        # Blur: along axis j a vertex's neighbours lie at ±(1, …, 1, -d, 1, …, 1), -d at j; missing: M.
+        carry = torch.where(vertex % (d + 1) == d, sum(unit[:d]) - d, 1).to(whole)
+        wanted = vertex + carry - units
+        found = torch.searchsorted(vertex, wanted, out_int32=True).clamp_max_(M - 1)
+        above = F.pad(torch.where(vertex[found] == wanted, found, M).int(), (0, 1), value=M)
+        here = torch.arange(M + 1, device=device, dtype=torch.int32).expand(d + 1, -1)
+        below = torch.full_like(above, M).scatter_(1, above.long(), here)
+        below[:, M] = M
+        self.neighbours = torch.stack([here, above, below], dim=-1)                     # (d+1,M+1,3)
+        self.blur_weight = f.new_tensor([1, 0.5, 0.5]).repeat(M + 1, 1)
+
+    def filter(self, x, transpose=False):
+        """K x, or Kᵀ x: the blurs do not commute where vertices are missing, so K is not quite symmetric.
+
+        x (N,C) in the features' type, contiguous -> (N,C). No gradient: see gaussian_filter.
+        """
+        bags = functools.partial(F.embedding_bag, mode="sum")   # on CPUs far the fastest weighted sum of rows
+        x = bags(self.point, x, self.splat, per_sample_weights=self.splat_weight)
+        if self.pieces is not None:
+            x = bags(torch.arange(len(x), device=x.device, dtype=torch.int32), x, self.pieces)
+        for neighbours in self.neighbours.flip(0) if transpose else self.neighbours:
+            x = bags(neighbours, x, per_sample_weights=self.blur_weight)
+        return bags(self.vertex, x, per_sample_weights=self.slice_weight)
+
+    def normalise(self):
+        """From now on K is D^-1/2 K D^-1/2, D its row sums: pydensecrf's NORMALIZE_SYMMETRIC."""
+        norm = (self.filter(self.slice_weight.new_ones(len(self.vertex), 1)) + 1e-20).rsqrt_()
+        self.splat_weight *= norm[self.point, 0]
+        self.slice_weight *= norm
+        return self
+
+
+class ExactFilter:
+    """The Gaussian filter itself, by attention: time N², memory N. For tests and for small images on a GPU.
+
+    A query f_i has the weight exp(f_i·f_j - |f_j|²/2) for key f_j, and exp(|f_i|²/2) for a null key. What
+    comes back for x, divided by what does for the null key, is the sum over j of exp(-|f_i - f_j|²/2) x_j.
+    """
+
+    def __init__(self, features):
+        f = features - features.mean(0)
+        half, one = f.square().sum(1, keepdim=True) / 2, torch.ones_like(f[:, :1])
+        self.query = torch.cat([f, one, half], dim=1)
+        self.key = F.pad(torch.cat([f, -half, 0 * one], dim=1), (0, 0, 0, 1))
+        self.key[-1, -1] = 1
+
+    def filter(self, x, transpose=False):
+        """x (N,C) -> (N,C); K is symmetric."""
+        value = F.pad(x, (0, 1, 0, 1))
+        value[-1, -1] = 1
+        out = F.scaled_dot_product_attention(*(t[None] for t in (self.query, self.key, value)), scale=1.0)[0]
+        return out[:, :-1] / out[:, -1:]
+
+
+class GaussianFilter(torch.autograd.Function):
+    """GaussianFilter.apply(x, kernel): kernel.filter(x), whose gradient is a filtering with the transpose."""
+
+    @staticmethod
+    def forward(ctx, x, kernel):
+        ctx.kernel = kernel
+        return kernel.filter(x.contiguous())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.kernel.filter(gradient.contiguous(), transpose=True), None
+
+
+def pixel_features(sizes, sigma_xy, device="cpu", dtype=torch.float32):
+    """x / σ, y / σ of the pixels of pictures of these (H,W), row by row; the picture of each.  (N,2), (N,)"""
+    places, image = [], []
+    for i, (H, W) in enumerate(sizes):
+        x, y = torch.meshgrid(torch.arange(W, device=device), torch.arange(H, device=device), indexing="xy")
+        places.append(torch.stack([x, y], dim=-1).flatten(0, 1))
+        image.append(torch.full((H * W,), i, device=device))
+    return torch.cat(places).to(dtype) / sigma_xy, torch.cat(image) if len(sizes) > 1 else None
+
+
+def dense_energy(images, probs, sigma_rgb, sigma_xy, valid=None, gate=None, exact=False):
+    """Dense energy Σ_i g_i Σ_j G_ij Σ_c P_i^c (1 − P_j^c), mean over the images.   -> scalar, never negative
+
+    images (B,3,H,W) RGB 0..255; probs (B,C,H,W), float32 or float64, at the same size; sigma_xy in pixels of
+    that size; valid (B,H,W) bool: False pixels (padding) take no part. G = exp(-|Δxy|²/2σ² - |ΔRGB|²/2σ²) is
+    not normalised and includes i = j: the lattice's (about 0.6 of it), or with exact=True G itself.
+    Without gate, g = 1 and the gradient is the true one. With gate (B,H,W), as RRM's authors do it, g is a
+    constant for the gradient, and dE/dP = -2 g G P, as if g and G commuted.
+    """
+    B, C, H, W = probs.shape
+    if images.shape != (B, 3, H, W):
+        raise ValueError(f"dense_energy: images {tuple(images.shape)}, probabilities {tuple(probs.shape)}")
+    if not probs.isfinite().all():
+        raise ValueError("dense_energy: probabilities hold NaN or infinity")
+    valid = torch.ones(B, H, W, dtype=torch.bool, device=probs.device) if valid is None else valid
+    together = probs.is_cuda and not exact                      # on the CPU image by image: it fits the cache
+    energy = 0
+    for part in [slice(None)] if together else [slice(b, b + 1) for b in range(B)]:
+        image, P, m, g = (None if t is None else t[part] for t in (images, probs, valid, gate))
+        place, number = pixel_features([(H, W)] * len(P), sigma_xy, P.device, P.dtype)
+        f = torch.cat([place, image.permute(0, 2, 3, 1).reshape(-1, 3).to(P.dtype) / sigma_rgb], dim=1)
+        kernel = ExactFilter(f) if exact else PermutohedralLattice(f, number)
+        m = m.reshape(-1, 1).to(P.dtype)
+        P = P.permute(0, 2, 3, 1).reshape(-1, C) * m
+        g = m[:, 0] if g is None else g.detach().reshape(-1).to(P.dtype) * m[:, 0]
+        around = kernel.filter(m)[:, 0] * P.sum(1)                                      # Σ_j G_ij Σ_c P_i^c
+        KP = GaussianFilter.apply(P, kernel)
+        value = (g * (around - (P * KP).sum(1))).sum()
+        if gate is not None:
+            slope = -2 * (g[:, None] * P * KP.detach()).sum()
+            value = value.detach() + slope - slope.detach()
+        energy = energy + value
+    return energy / B
+
+
 # ── Dense CRF ───────────────────────────────────────────────────────────────────────────────────────────────
 
 class CRF(NamedTuple):
@@ -959,51 +1145,115 @@ class CRF(NamedTuple):
     steps: int
 
 
-def dense_crf(images, probs, crf, backend="pydensecrf", workers=0):
+def dense_crf(images, probs, crf, backend="torch", workers=0, device="cpu"):
     """Refines class probabilities by Kraehenbuehl and Koltun's dense CRF (Potts, symmetric normalisation).
 
-    images: list of (H,W,3) uint8; probs: as many (C,H,W) arrays or tensors -> list of (C,H,W) float32 arrays.
+    images: list of (H,W,3) uint8 or float 0..255; probs: as many (C,H,W), or (U,C,H,W) for U unaries of one
+    image, which then share its lattice: arrays or tensors -> list of float32 arrays of the same shapes.
     A class that is zero everywhere is absent: left out and returned as zero; with one class present there is
-    nothing to do. backend "none" returns probs. workers > 1: that many processes, kept for later calls.
+    nothing to do. backend: torch (on `device`), pydensecrf (the reference; workers > 1: that many processes,
+    kept for later calls), none (returns probs). For several jobs on few cores set OMP_WAIT_POLICY=passive.
     """
     probs = [prob.detach().float().cpu() if torch.is_tensor(prob) else prob for prob in probs]
     probs = [np.asarray(prob, np.float32) for prob in probs]
+    images = [np.asarray(image.cpu() if torch.is_tensor(image) else image) for image in images]
+    for image, prob in zip(images, probs, strict=True):
+        if image.shape != (*prob.shape[-2:], 3) or prob.ndim not in (3, 4):
+            raise ValueError(f"dense_crf: image {image.shape} and probabilities {prob.shape} do not match")
+        if not np.isfinite(prob).all() or not np.isfinite(image).all():
+            raise ValueError("dense_crf: probabilities or image hold NaN or infinity")
+    if backend not in ("torch", "pydensecrf", "none"):
+        raise ValueError(f"dense_crf: backend {backend} is none of torch, pydensecrf, none")
     if backend == "none":
         return probs
-    if backend != "pydensecrf":
-        raise ValueError(f"dense_crf: backend {backend} is neither pydensecrf nor none")
-    images = [np.ascontiguousarray(image, np.uint8) for image in images]
-    for image, prob in zip(images, probs, strict=True):
-        if image.shape != (*prob.shape[1:], 3):
-            raise ValueError(f"dense_crf: image {image.shape} and probabilities {prob.shape} do not match")
-        if not np.isfinite(prob).all():
-            raise ValueError("dense_crf: probabilities hold NaN or infinity")
-    jobs = [(image, prob, crf) for image, prob in zip(images, probs)]
-    if workers > 1 and len(jobs) > 1:
-        return crf_pool(workers).starmap(crf_one, jobs, chunksize=1)
-    return [crf_one(*job) for job in jobs]
+    results, jobs = [prob.copy() for prob in probs], []
+    for i, prob in enumerate(probs):
+        stack = prob.reshape(-1, *prob.shape[-3:])
+        present = stack.any(axis=(0, 2, 3))
+        if present.sum() > 1:
+            jobs.append((i, present, images[i], stack[:, present]))
+    if backend == "torch":
+        batch = 1 if torch.device(device).type == "cpu" else 8
+        parts = [jobs[i:i + batch] for i in range(0, len(jobs), batch)]
+        refined = [prob for part in parts for prob in
+                   mean_field([job[2] for job in part], [job[3] for job in part], crf, device)]
+    else:
+        work = [(image, prob, crf) for *_, image, prob in jobs]
+        pool = crf_pool(workers) if workers > 1 and len(work) > 1 else None
+        refined = pool.starmap(reference_crf, work, 1) if pool else [reference_crf(*job) for job in work]
+    for (i, present, _, _), out in zip(jobs, refined, strict=True):
+        results[i].reshape(-1, *results[i].shape[-3:])[:, present] = out
+    return results
 
 
-def crf_one(image, prob, crf):
-    """dense_crf of one picture through pydensecrf."""
+@torch.no_grad()
+def mean_field(images, probs, crf, device="cpu"):
+    """dense_crf on the lattice.   images: (H,W,3) each; probs: (U,C,H,W) each, U the same -> the same
+
+    Every class of every unary is a channel; an image with fewer classes than the most has log p = -1e4 there.
+    """
+    sizes, C = tuple(image.shape[:2] for image in images), max(prob.shape[1] for prob in probs)
+    logs = [torch.as_tensor(prob, device=device).clamp(1e-5, 1).log_().permute(2, 3, 0, 1) for prob in probs]
+    log_p = torch.cat([F.pad(log, (0, C - log.shape[-1]), value=-1e4).flatten(0, 1) for log in logs])
+    colour = torch.cat([torch.as_tensor(image, device=device).reshape(-1, 3) for image in images]).float()
+    place, image = pixel_features(sizes, crf.bi_xy, device)
+    bilateral = PermutohedralLattice(torch.cat([place, colour / crf.bi_rgb], dim=1), image).normalise()
+    kernels = [(crf.gauss_w, position_lattice(sizes, crf.gauss_xy, device)), (crf.bi_w, bilateral)]
+    Q = softmax_(log_p.clone())
+    for _ in range(crf.steps):
+        logits = log_p.clone()
+        for weight, kernel in kernels:
+            logits.add_(kernel.filter(Q.flatten(1)).view_as(Q), alpha=weight)           # Potts
+        Q = softmax_(logits)
+    parts = Q.split([H * W for H, W in sizes])
+    return [part[..., :prob.shape[1]].permute(1, 2, 0).reshape(prob.shape).cpu().numpy()
+            for part, prob in zip(parts, probs)]
+
+
+@functools.lru_cache(8)
+def position_lattice(sizes, sigma_xy, device):
+    """The Gaussian kernel depends on the pictures' sizes only: the last 8 lattices are kept."""
+    return PermutohedralLattice(*pixel_features(sizes, sigma_xy, device)).normalise()
+
+
+def softmax_(x):
+    """Softmax over the last axis, in place. On CPUs torch.softmax is several times slower for few classes."""
+    if x.is_cuda or x.amax() > 80:                              # e^88 is the last in float32
+        return torch.softmax(x, dim=-1)
+    x.exp_()
+    return x.div_(x @ x.new_ones(x.shape[-1], 1))
+
+
+def label_probs(label, classes, gt_prob=0.7):
+    """Unaries from labels: gt_prob for a pixel's class, the rest spread; 255 (unknown): all alike.
+
+    label (H,W) of 0..classes-1 and 255 -> (classes,H,W) float32
+    """
+    prob = np.full((classes, *label.shape), (1 - gt_prob) / max(1, classes - 1), np.float32)
+    for c in range(classes):
+        prob[c, label == c] = gt_prob
+    prob[:, label == 255] = 1 / classes
+    return prob
+
+
+def reference_crf(image, probs, crf):
+    """dense_crf of one picture through pydensecrf.   (H,W,3), (U,C,H,W) -> (U,C,H,W)"""
     import pydensecrf.densecrf as densecrf
-    present = prob.any(axis=(1, 2))
-    if present.sum() < 2:
-        return prob
-    height, width = image.shape[:2]
-    unary = -np.log(np.clip(prob[present], 1e-5, 1)).reshape(present.sum(), -1)
-    field = densecrf.DenseCRF2D(width, height, len(unary))
-    field.setUnaryEnergy(np.ascontiguousarray(unary))
-    field.addPairwiseGaussian(sxy=crf.gauss_xy, compat=crf.gauss_w)
-    field.addPairwiseBilateral(sxy=crf.bi_xy, srgb=crf.bi_rgb, rgbim=image, compat=crf.bi_w)
-    result = np.zeros_like(prob)
-    result[present] = np.reshape(field.inference(crf.steps), (-1, height, width))
+    image = np.ascontiguousarray(np.round(image).astype(np.uint8))
+    _, C, H, W = probs.shape
+    result = np.empty_like(probs)
+    for prob, out in zip(probs, result):
+        field = densecrf.DenseCRF2D(W, H, C)
+        field.setUnaryEnergy(np.ascontiguousarray(-np.log(np.clip(prob, 1e-5, 1)).reshape(C, -1)))
+        field.addPairwiseGaussian(sxy=crf.gauss_xy, compat=crf.gauss_w)
+        field.addPairwiseBilateral(sxy=crf.bi_xy, srgb=crf.bi_rgb, rgbim=image, compat=crf.bi_w)
+        out[:] = np.reshape(field.inference(crf.steps), (C, H, W))
     return result
 
 
 @functools.cache
 def crf_pool(workers):
-    """Processes for crf_one, forked by a server that holds no threads and no GPU; they end with this one."""
+    """Processes for reference_crf, forked by a server without threads and GPU; they end with this one."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["common"])
     return context.Pool(workers)

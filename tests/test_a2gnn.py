@@ -922,8 +922,8 @@ def test_the_control_of_seeds_and_crf():
     sample = types.SimpleNamespace(image=np.zeros((2, 3, 3), np.uint8), tags=np.array([True, False, True]))
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(a2gnn, "dense_crf", lambda images, probs, *rest: seen.update(prob=probs[0]) or probs)
-        label = a2gnn.seeds_with_crf(sample, label_map("01. 3.0"), None, "none")
+        patch.setattr(a2gnn, "dense_crf", lambda images, probs, *_, **__: seen.update(prob=probs[0]) or probs)
+        label = a2gnn.seeds_with_crf(sample, label_map("01. 3.0"), None, "none", "cpu")
     expected = {0: [0.7, 0.15, 0.15], 1: [0.15, 0.7, 0.15], 3: [0.15, 0.15, 0.7], 255: [1 / 3] * 3}
     for i, j in np.ndindex(2, 3):
         assert np.allclose(seen["prob"][:, i, j], expected[label_map("01. 3.0")[i, j]])
