@@ -1114,18 +1114,19 @@ def dense_energy(images, probs, sigma_rgb, sigma_xy, valid=None, gate=None, exac
         raise ValueError("dense_energy: probabilities hold NaN or infinity")
     valid = torch.ones(B, H, W, dtype=torch.bool, device=probs.device) if valid is None else valid
     together = probs.is_cuda and not exact                      # on the CPU image by image: it fits the cache
-    energy = 0
+    energy = 0 * probs.sum()
     for part in [slice(None)] if together else [slice(b, b + 1) for b in range(B)]:
-        image, P, m, g = (None if t is None else t[part] for t in (images, probs, valid, gate))
-        place, number = pixel_features([(H, W)] * len(P), sigma_xy, P.device, P.dtype)
-        f = torch.cat([place, image.permute(0, 2, 3, 1).reshape(-1, 3).to(P.dtype) / sigma_rgb], dim=1)
+        inside = valid[part].flatten()
+        place, number = pixel_features([(H, W)] * len(valid[part]), sigma_xy, probs.device, probs.dtype)
+        colour = images[part].permute(0, 2, 3, 1).reshape(-1, 3).to(probs.dtype)
+        f, P = torch.cat([place, colour / sigma_rgb], dim=1)[inside], probs[part].permute(0, 2, 3, 1)
+        P, number = P.reshape(-1, C)[inside], None if number is None else number[inside]
+        if not len(P):
+            continue
         kernel = ExactFilter(f) if exact else PermutohedralLattice(f, number)
-        m = m.reshape(-1, 1).to(P.dtype)
-        P = P.permute(0, 2, 3, 1).reshape(-1, C) * m
-        g = m[:, 0] if g is None else g.detach().reshape(-1).to(P.dtype) * m[:, 0]
-        around = kernel.filter(m)[:, 0] * P.sum(1)                                      # Σ_j G_ij Σ_c P_i^c
-        KP = GaussianFilter.apply(P, kernel)
-        value = (g * (around - (P * KP).sum(1))).sum()
+        g = 1 if gate is None else gate[part].flatten()[inside].detach().to(P.dtype)
+        KP, around = GaussianFilter.apply(P, kernel), kernel.filter(torch.ones_like(P[:, :1]))[:, 0]
+        value = (g * (around * P.sum(1) - (P * KP).sum(1))).sum()                       # Σ_j G_ij Σ_c …
         if gate is not None:
             slope = -2 * (g[:, None] * P * KP.detach()).sum()
             value = value.detach() + slope - slope.detach()
@@ -1156,7 +1157,7 @@ def dense_crf(images, probs, crf, backend="torch", workers=0, device="cpu"):
     """
     probs = [prob.detach().float().cpu() if torch.is_tensor(prob) else prob for prob in probs]
     probs = [np.asarray(prob, np.float32) for prob in probs]
-    images = [np.asarray(image.cpu() if torch.is_tensor(image) else image) for image in images]
+    images = [np.array(image.cpu() if torch.is_tensor(image) else image, order="C") for image in images]
     for image, prob in zip(images, probs, strict=True):
         if image.shape != (*prob.shape[-2:], 3) or prob.ndim not in (3, 4):
             raise ValueError(f"dense_crf: image {image.shape} and probabilities {prob.shape} do not match")
