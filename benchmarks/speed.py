@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py a2gnn                    # A²GNN: images/s side by side, windowed attention
     python benchmarks/speed.py a2gnn --device cuda      # the same on a GPU, with peak memory
+    python benchmarks/speed.py crf                      # dense CRF: the torch lattice against pydensecrf
     python benchmarks/speed.py schedule --run RUN      # A²GNN: a run's short GNN schedule against the paper's
 
 Each number is the median of --repeats runs (5 or more) in one process, after one run that is not counted.
@@ -26,17 +27,20 @@ sys.path.insert(0, str(ROOT))
 
 
 # ── Clock and report ────────────────────────────────────────────────────────────────────────────────────────
+def clock(work, device):
+    """Seconds of work()."""
+    if device.type == "cuda": torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda": torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
 def measure(work, device, repeats):
     """Median seconds of work() and peak memory of the GPU in MB (None on the CPU)."""
     cuda = device.type == "cuda"
     if cuda: torch.cuda.reset_peak_memory_stats(device)
-    seconds = []
-    for _ in range(repeats + 1):
-        if cuda: torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        work()
-        if cuda: torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
+    seconds = [clock(work, device) for _ in range(repeats + 1)]
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else None
     return statistics.median(seconds[1:]), peak
 
@@ -184,7 +188,124 @@ def a2gnn_schedule(run: str, images: int = 16, hidden: int = 256, epochs: tuple[
     report("a2gnn_schedule", device, {"run": folder.name, "data": args.data, "stride": args.stride}, rows)
 
 
-COMMANDS = {"a2gnn": a2gnn_speed, "schedule": a2gnn_schedule}      # one entry a subcommand
+# ── crf ─────────────────────────────────────────────────────────────────────────────────────────────────────
+CRFS = {"psa": (3, 3, 80, 13, 10, 10), "irn": (3, 3, 50, 5, 10, 10), "deeplab": (1, 3, 67, 3, 4, 10)}
+
+
+def crf_case(name, height, width, classes, seed):
+    """A photograph of scikit-image and what a network might say of it: noisy segments of random classes."""
+    import numpy as np
+    import skimage.data
+    import skimage.segmentation
+    import skimage.transform
+    image = skimage.transform.resize(getattr(skimage.data, name)(), (height, width), order=3)
+    image = (255 * image).clip(0, 255).astype(np.uint8)
+    rng = np.random.default_rng(seed)
+    segments = skimage.segmentation.felzenszwalb(image, 200, 0.8, 200)
+    one_hot = np.eye(classes)[rng.integers(0, classes, segments.max() + 1)[segments]][4::8, 4::8]
+    logits = torch.from_numpy(3 * one_hot + rng.normal(0, 1.5, one_hot.shape)).permute(2, 0, 1)[None].float()
+    logits = torch.nn.functional.interpolate(logits, (height, width), mode="bilinear")[0]
+    return image, logits.softmax(0).numpy()
+
+
+def paired(images, probs, crf, device, repeats, reference):
+    """Seconds of the lattice and of pydensecrf, run in turn, and their ratios: three lists of `repeats`."""
+    from common import dense_crf
+    names = ["torch", "pydensecrf"] if reference else ["torch"]
+    runs = [[clock(lambda backend=name: dense_crf(images, probs, crf, backend, device=device), device)
+             for name in names] for _ in range(repeats + 1)][1:]
+    ours, theirs = [run[0] for run in runs], [run[-1] for run in runs if reference]
+    return ours, theirs, [b / a for a, b in zip(ours, theirs)]
+
+
+def crf_row(what, ours, theirs, ratios):
+    middle = lambda values: statistics.median(values) if values else None  # noqa: E731
+    return {"what": what, "torch_s": middle(ours), "pydensecrf_s": middle(theirs), "ratio": middle(ratios)}
+
+
+def lattice_shares(image, crf, classes, device, repeats):
+    """Milliseconds of the build and of one filtering's parts, for one image's bilateral kernel."""
+    import torch.nn.functional as F
+    from common import PermutohedralLattice, pixel_features
+    place, _ = pixel_features([image.shape[:2]], crf.bi_xy, device)
+    f = torch.cat([place, torch.as_tensor(image, device=device).reshape(-1, 3) / crf.bi_rgb], dim=1)
+    lattice = PermutohedralLattice(f).normalise()
+    x = torch.rand(len(f), classes, device=device)
+    v = torch.rand(len(lattice.blur_weight), classes, device=device)
+    parts = {
+        "build": lambda: PermutohedralLattice(f).normalise(),
+        "filter": lambda: lattice.filter(x),
+        "blur": lambda: [F.embedding_bag(n, v, mode="sum", per_sample_weights=lattice.blur_weight)
+                         for n in lattice.neighbours],
+        "slice": lambda: F.embedding_bag(lattice.vertex, v, mode="sum",
+                                         per_sample_weights=lattice.slice_weight)}
+    ms = {name: 1000 * measure(work, device, repeats)[0] for name, work in parts.items()}
+    ms["splat"] = ms["filter"] - ms["blur"] - ms["slice"]
+    return ms
+
+
+def peak_memory(backend, height, width, classes):
+    """MB that one CRF adds to the peak of a fresh process (CPU)."""
+    import resource
+    from common import CRF, dense_crf
+    torch.set_num_threads(1)
+    image, prob = crf_case("astronaut", height, width, classes, 0)
+    dense_crf([image[:32, :32]], [prob[:, :32, :32].copy()], CRF(*CRFS["psa"]), backend)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    dense_crf([image], [prob], CRF(*CRFS["psa"]), backend)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def crf_speed(device: str = "cpu", threads: int = 1, repeats: int = 5,
+              pictures: tuple[str, ...] = ("astronaut", "coffee", "cat")) -> None:
+    """The lattice CRF against pydensecrf (always one thread), in turn in one process. ratio: how many times
+    faster the lattice is, median over pictures and repeats; below 1 it is slower.
+    """
+    import multiprocessing
+
+    import numpy as np
+    from common import CRF, mean_field
+    if repeats < 5: raise SystemExit(f"--repeats {repeats}: a median needs at least 5")
+    torch.set_num_threads(threads)
+    device = torch.device(device)
+    try:
+        import pydensecrf.densecrf  # noqa: F401
+        reference = True
+    except ImportError:
+        reference = False
+    rows = []
+    for height, width in ((321, 321), (375, 500)):
+        for classes in (4, 21):
+            for name, values in CRFS.items():
+                runs = []
+                for i, picture in enumerate(pictures):
+                    image, prob = crf_case(picture, height, width, classes, i)
+                    runs.append(paired([image], [prob], CRF(*values), device, repeats, reference))
+                together = (sum(lists, []) for lists in zip(*runs))
+                rows.append(crf_row(f"{width}x{height} {classes} classes {name}", *together))
+    ratios = [row["ratio"] for row in rows]
+    batch = [crf_case(pictures[i % len(pictures)], 321, 321, 2 + i % 3, i) for i in range(8)]
+    images, probs = [image for image, _ in batch], [np.stack([p, p[::-1]]) for _, p in batch]
+    crf = CRF(*CRFS["psa"])
+    rows.append(crf_row("RRM's step: 8 images x 2 unaries, 321x321",
+                        *paired(images, probs, crf, device, repeats, reference)))
+    together = [clock(lambda: mean_field(images, probs, crf, device), device) for _ in range(repeats + 1)]
+    rows.append(crf_row("the same, all in one lattice", together[1:], [], []))
+    settings = dict(repeats=repeats, pictures=pictures, shares_ms_500x375_21={
+        name: lattice_shares(crf_case("astronaut", 375, 500, 21, 0)[0], CRF(*values), 21, device, repeats)
+        for name, values in CRFS.items()})
+    if reference:
+        settings["geometric_mean_ratio"] = statistics.geometric_mean(ratios)
+    if device.type == "cpu":
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            settings["extra_peak_mb_500x375"] = {
+                f"{backend} {classes} classes": pool.apply(peak_memory, (backend, 375, 500, classes))
+                for backend in ("torch", "pydensecrf")[:1 + reference] for classes in (4, 21)}
+    report(f"speed_crf_{threads}_threads", device, settings, rows)
+    print(json.dumps({key: settings[key] for key in list(settings)[2:]}, indent=1))
+
+
+COMMANDS = {"a2gnn": a2gnn_speed, "crf": crf_speed, "schedule": a2gnn_schedule}    # one entry a subcommand
 
 
 def main():
