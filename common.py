@@ -1009,8 +1009,8 @@ class PermutohedralLattice:
         vertex, M = key[start], len(start)
         number = torch.empty_like(order, dtype=torch.int32)
         number.scatter_(0, order, new.cumsum(0, dtype=torch.int32).sub_(1))
-        self.vertex = number.view(d + 1, N).T.contiguous()
-        self.slice_weight = weight.T.contiguous().div_(1 + 2.0 ** -d)
+        self.vertex = number.view(d + 1, N).T.flatten()
+        self.slice_weight = weight.T.flatten().div_(1 + 2.0 ** -d)
         self.point, self.splat_weight = order.int().remainder_(N), weight.flatten()[order]
         start = F.pad(start, (0, 1), value=len(order))          # vertex M is empty: its value is always zero
         self.splat, self.pieces = start.int(), None
@@ -1029,8 +1029,10 @@ class PermutohedralLattice:
         here = torch.arange(M + 1, device=device, dtype=torch.int32).expand(d + 1, -1)
         below = torch.full_like(above, M).scatter_(1, above.long(), here)
         below[:, M] = M
-        self.neighbours = torch.stack([here, above, below], dim=-1)                     # (d+1,M+1,3)
-        self.blur_weight = f.new_tensor([1, 0.5, 0.5]).repeat(M + 1, 1)
+        self.neighbours = torch.stack([here, above, below], dim=-1).flatten(1)          # (d+1,3(M+1))
+        self.blur_weight = f.new_tensor([1, 0.5, 0.5]).repeat(M + 1)
+        self.blur, self.slice = (torch.arange(0, n, k, device=device, dtype=torch.int32)
+                                 for n, k in ((3 * (M + 1), 3), ((d + 1) * N, d + 1)))
 
     def filter(self, x, transpose=False):
         """K x, or Kᵀ x: the blurs do not commute where vertices are missing, so K is not quite symmetric.
@@ -1042,14 +1044,14 @@ class PermutohedralLattice:
         if self.pieces is not None:
             x = bags(torch.arange(len(x), device=x.device, dtype=torch.int32), x, self.pieces)
         for neighbours in self.neighbours.flip(0) if transpose else self.neighbours:
-            x = bags(neighbours, x, per_sample_weights=self.blur_weight)
-        return bags(self.vertex, x, per_sample_weights=self.slice_weight)
+            x = bags(neighbours, x, self.blur, per_sample_weights=self.blur_weight)
+        return bags(self.vertex, x, self.slice, per_sample_weights=self.slice_weight)
 
     def normalise(self):
         """From now on K is D^-1/2 K D^-1/2, D its row sums: pydensecrf's NORMALIZE_SYMMETRIC."""
-        norm = (self.filter(self.slice_weight.new_ones(len(self.vertex), 1)) + 1e-20).rsqrt_()
-        self.splat_weight *= norm[self.point, 0]
-        self.slice_weight *= norm
+        norm = (self.filter(self.slice_weight.new_ones(len(self.slice), 1)) + 1e-20).rsqrt_()[:, 0]
+        self.splat_weight *= norm[self.point]
+        self.slice_weight *= norm.repeat_interleave(len(self.vertex) // len(norm))
         return self
 
 

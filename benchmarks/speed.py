@@ -10,6 +10,7 @@ Prints a table and writes benchmarks/results/<name>_<device>.json. A further sub
 more function below, entered in COMMANDS.
 """
 
+import functools
 import json
 import os
 import platform
@@ -231,29 +232,33 @@ def lattice_shares(image, crf, classes, device, repeats):
     f = torch.cat([place, torch.as_tensor(image, device=device).reshape(-1, 3) / crf.bi_rgb], dim=1)
     lattice = PermutohedralLattice(f).normalise()
     x = torch.rand(len(f), classes, device=device)
-    v = torch.rand(len(lattice.blur_weight), classes, device=device)
+    v = torch.rand(len(lattice.blur), classes, device=device)
+    bags = functools.partial(F.embedding_bag, mode="sum")
     parts = {
         "build": lambda: PermutohedralLattice(f).normalise(),
-        "filter": lambda: lattice.filter(x),
-        "blur": lambda: [F.embedding_bag(n, v, mode="sum", per_sample_weights=lattice.blur_weight)
+        "splat": lambda: bags(lattice.point, x, lattice.splat, per_sample_weights=lattice.splat_weight),
+        "blur": lambda: [bags(n, v, lattice.blur, per_sample_weights=lattice.blur_weight)
                          for n in lattice.neighbours],
-        "slice": lambda: F.embedding_bag(lattice.vertex, v, mode="sum",
-                                         per_sample_weights=lattice.slice_weight)}
-    ms = {name: 1000 * measure(work, device, repeats)[0] for name, work in parts.items()}
-    ms["splat"] = ms["filter"] - ms["blur"] - ms["slice"]
-    return ms
+        "slice": lambda: bags(lattice.vertex, v, lattice.slice, per_sample_weights=lattice.slice_weight),
+        "all of filter": lambda: lattice.filter(x)}
+    return {name: 1000 * measure(work, device, repeats)[0] for name, work in parts.items()}
 
 
 def peak_memory(backend, height, width, classes):
-    """MB that one CRF adds to the peak of a fresh process (CPU)."""
-    import resource
+    """MB that one CRF adds to the peak of a process (Linux)."""
     from common import CRF, dense_crf
     torch.set_num_threads(1)
     image, prob = crf_case("astronaut", height, width, classes, 0)
     dense_crf([image[:32, :32]], [prob[:, :32, :32].copy()], CRF(*CRFS["psa"]), backend)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")               # the peak starts again from what is held now
+    before = resident_peak()
     dense_crf([image], [prob], CRF(*CRFS["psa"]), backend)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return resident_peak() - before
+
+
+def resident_peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def crf_speed(device: str = "cpu", threads: int = 1, repeats: int = 5,
