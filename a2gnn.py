@@ -48,6 +48,8 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
              [D16] misprints: Eq. 3.13 squares its norms; Eq. 3.22 means c_i ≠ c_j (else it is constant);
                   Eq. 3.28's d is a cosine, and labels other than the box's class stay (authors' code)
              [D17] SEAM's code also has a background channel in L_ECR and a min-pooling term in L_cls
+             [D18] points: §3.6.1's "same setting with the scribble task" is read as the merge with M'_I: M_P
+                  alone has no background; SLIC's settings are unreleased
 """
 
 import zlib
@@ -78,7 +80,7 @@ class Args:
     # --- task ---
     data: Literal["shapes", "voc", "workpiece"] = "shapes"
     """data set of data.py; shapes is drawn on the fly, workpiece is any folder of your own"""
-    supervision: Literal["box", "full"] = "box"
+    supervision: Literal["box", "scribble", "point", "image", "full"] = "box"
     """what the training set may reveal; full = the same segmentation network on ground truth (upper bound)"""
     backbone: Literal[
         "tiny", "resnet18", "resnet50", "resnet101", "vgg16", "mobilenet_v2", "resnet38"] = "resnet101"
@@ -159,6 +161,8 @@ class Args:
     """authors' code: CRF probability of a confident pixel"""
     seed_crf: CRF = CRF(3, 3, 80, 13, 10, 10)
     """PSA's: Gauss σ and weight, bilateral σ_xy, σ_rgb and weight, iterations"""
+    superpixels: int = 400
+    """SLIC superpixels that scribbles and points spread over (§3.6.1; the authors' number is unreleased)"""
     grabcut_steps: int = 3
     """iterations of GrabCut"""
     grabcut_min: float = 0.15
@@ -224,7 +228,7 @@ class Args:
     reg: bool = True
     """L_reg, Eq. 3.22 (Table 3.5)"""
     w_reg: float = 0.01
-    """λ1 of Eq. 3.20"""
+    """λ1 of Eq. 3.20; authors' code without boxes 0.3"""
     reg_radius: int = 5
     """window of Eq. 3.22 (authors' code)"""
     mp_loss: bool = True
@@ -239,6 +243,8 @@ class Args:
     """authors' code: removed seeds never come back, checked from the first epoch [D9]"""
     balanced_ce: bool = False
     """authors' code: foreground and background averaged apart [D9]"""
+    walk_share: float = 3.0
+    """image tags only, §3.6.1: pseudo labels are GNN + this many times the random walk"""
     batch_images: int = 8
     """graphs trained side by side, each with its own parameters; does not change the result"""
     gnn_crf: CRF = CRF(2, 3, 50, 5, 10, 10)
@@ -281,19 +287,20 @@ PHOTOS = dict(
     aff_steps=520, aff_lr=0.05, walk_steps=16, hidden=64, epochs=(25, 25),
     seg_steps=2000, seg_batch=8, seg_lr=5e-4, seg_crop=257, test_scales=(0.75, 1.0, 1.25))
 
-SEEDS = {"M_g": "seeds", "M_F": "seeds_F"}                                              # folders of the run
+# Folders of the seeds in the run.
+SEEDS = {"M_g": "seeds", "M_F": "seeds_F"}
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
     "classifier": "data root train_list seed amp weights cam_backbone cam_stride cam_steps cam_warmup "
                   "cam_batch cam_lr cam_momentum cam_crop cam_resize er_scale ecr_top weight_decay",
     "seeds": "supervision crf cam_scales bg_low bg_high confident confident_fg confident_bg confident_crf "
-             "seed_crf grabcut_steps grabcut_min",
+             "seed_crf superpixels grabcut_steps grabcut_min",
     "affinity": "stride aff_steps aff_batch aff_lr aff_momentum aff_radius affinity_reg w_affinity_reg "
                 "split_positives seed_labels gauss_xy gauss_rgb",
     "walk": "walk_bg walk_beta walk_steps gnn_crf",
     "pseudo": "gnn nodes edges radius attention_only edge_only hidden layers beta sigma epochs gnn_lr "
               "gnn_weight_decay dropout reg w_reg reg_radius mp_loss mp_feature consistency "
-              "consistency_cosine consistency_in_place balanced_ce",
+              "consistency_cosine consistency_in_place balanced_ce walk_share",
     "segmenter": "backbone train_on seg_steps seg_batch seg_lr seg_crop seg_rescale seg_stride",
 }.items()}
 
@@ -1007,9 +1014,13 @@ def train_classifier(args, run, train_set):
 
 
 def write_seeds(args, run, net, train_set):
-    """CAM -> M_I, M'_I -> M_F, M_g.   Writes cam/*.npz, seeds_F/*.png (M_F) and seeds/*.png (M_g)."""
+    """CAM -> M_I, M'_I -> seeds.   Writes cam/*.npz, seeds_F/*.png (M_F) and seeds/*.png (M_g).
+
+    For scribbles and points also seeds_gnn/*.png, since affinity CNN and GNN learn from different labels.
+    """
     with run.timed("seeds"), ThreadPoolExecutor(max(1, args.workers)) as pool:
-        for names in run.todo(train_set.names, "seeds", chunk=16, stage="seeds", beside=("cam", "seeds_F")):
+        for names in run.todo(train_set.names, "seeds", chunk=16, stage="seeds",
+                              beside=("cam", "seeds_F", "seeds_gnn")):
             samples = [train_set[train_set.index(name)] for name in names]
             images = [s.image for s in samples]
             cams = [multi_scale_cam(net, s.image, s.tags, args.cam_scales, args.cam_stride, run.device)
@@ -1021,17 +1032,55 @@ def write_seeds(args, run, net, train_set):
                 M_I = eq3_1_cam_labels(crf_low, crf_high)
                 sure = confident_cam_labels(M_I, cam, crf_low, crf_high, args.bg_high, args.confident,
                                             args.confident_fg, args.confident_bg, args.confident_crf)
-                M_F, M_g = box_seeds(s, M_I, sure, args.grabcut_steps, args.grabcut_min, pool)
                 present = np.flatnonzero(s.tags)
                 save_npz(run.path("cam", s.name, ".npz"), cam=cam[present].astype(np.float16),
                          present=present)
-                save_label(run.path("seeds_F", s.name), M_F)
-                save_label(run.path("seeds", s.name), M_g)
+                labels = weak_seeds(args, s, M_I, sure, pool)
+                for folder in sorted(labels, reverse=True):                             # seeds last: todo's
+                    save_label(run.path(folder, s.name), labels[folder])
+
+
+def weak_seeds(args, sample, M_I, M_I_confident, pool):
+    """The labels of one image that each supervision allows (§3.2, §3.3.2, §3.6.1).   -> {folder: (H,W)}
+
+    seeds_F: all that is known; seeds: for the affinity CNN; seeds_gnn: for the GNN, where it is another.
+    """
+    if args.supervision == "image":
+        return {"seeds_F": M_I, "seeds": M_I_confident}
+    if args.supervision == "box":
+        M_F, M_g = box_seeds(sample, M_I, M_I_confident, args.grabcut_steps, args.grabcut_min, pool)
+        return {"seeds_F": M_F, "seeds": M_g}
+    if args.supervision == "scribble":
+        M_S = spread(sample.scribble, sample.image, args.superpixels)
+        return {"seeds_F": M_S, "seeds": np.where(M_S != 255, M_S, M_I_confident), "seeds_gnn": M_S}
+    M_P = spread(clicks(sample.points, *M_I.shape), sample.image, args.superpixels)
+    merged = np.where(M_P != 255, M_P, M_I_confident)                                   # [D18]
+    return {"seeds_F": M_P, "seeds": M_I_confident, "seeds_gnn": merged}
+
+
+def clicks(points, H, W):
+    """Points (P,3) [c, x, y] -> (H,W) uint8 labels, 255 elsewhere."""
+    label = np.full((H, W), 255, np.uint8)
+    for c, x, y in points:
+        label[min(max(int(y), 0), H - 1), min(max(int(x), 0), W - 1)] = c
+    return label
+
+
+def spread(label, image, number):
+    """§3.6.1: a superpixel takes the class of the weak labels inside it; labels of two classes stay alone.
+
+    label (H,W) 255 = unknown, image (H,W,3) uint8 -> (H,W) uint8
+    """
+    index, _ = superpixels(image, number)
+    known = label != 255
+    low, high = np.full(index.max() + 1, 255), np.full(index.max() + 1, -1)
+    np.minimum.at(low, index[known], label[known])
+    np.maximum.at(high, index[known], label[known])
+    return np.where(known, label, np.where(low == high, low, 255)[index]).astype(np.uint8)
 
 
 def box_seeds(sample, M_I, M_I_confident, steps, minimum, pool):
-    """§3.2, §3.3.2: M_F and M_g of one image from its boxes. (Other weak labels have other rules, §3.6.1, and
-    the same two outputs.)"""
+    """§3.2, §3.3.2: M_F and M_g of one image from its boxes."""
     H, W = M_I.shape
     masks = list(pool.map(lambda box: eq3_2_grabcut(sample.image, box, steps, minimum), sample.boxes))
     M_B, owner = eq3_3_box_labels(sample.boxes, masks, H, W)
@@ -1080,7 +1129,7 @@ def train_affinity(args, run, classifier, train_set):
 
 @torch.no_grad()
 def write_walk(args, run, net, train_set):
-    """Table 3.4's RW: random walk of the CAM inside the boxes [D12].   Writes walk/*.png, walk_crf/*.png"""
+    """Table 3.4's RW: random walk of the CAM, in boxes if any [D12].   Writes walk/*.png, walk_crf/*.png"""
     with run.timed("walk"):
         for names in run.todo(train_set.names, "walk_crf", chunk=16, stage="walk", beside=("walk",)):
             samples = [train_set[train_set.index(name)] for name in names]
@@ -1095,8 +1144,8 @@ def write_walk(args, run, net, train_set):
 
 def walk_image(args, net, sample, cam, device):
     """Random walk of one image's CAM (K,H,W) -> probabilities (K+1,H,W)."""
-    allowed, s = np.zeros(cam.shape, bool), args.stride
-    for box in sample.boxes:
+    allowed, s = np.full(cam.shape, args.supervision != "box"), args.stride
+    for box in getattr(sample, "boxes", ()):
         c, rows, columns = pixel_box(box, *cam.shape[1:])
         allowed[c - 1, rows, columns] = True
     score = with_background(cam * allowed, args.walk_bg)[:, ::s, ::s]  # outside all boxes: 1 and 0
@@ -1116,8 +1165,10 @@ def make_graphs(args, net, samples, seeds, device):
     G = (eq3_13_gaussian(reg.place, reg.squared_colour(), args.gauss_xy, args.gauss_rgb)
          * (reg.near & (reg.place > 0)))
     valid, sizes = pairs.padded("valid"), [graph.size for graph in graphs]
-    classes = [np.array(sorted({0, *(np.flatnonzero(s.tags) + 1), *s.boxes[:, 0].astype(int)}))
-               for s in samples]                                                        # output layers [D11]
+    no_boxes = np.zeros((0, 5), np.float32)
+    all_boxes = [getattr(s, "boxes", no_boxes) for s in samples]
+    classes = [np.array(sorted({0, *(np.flatnonzero(s.tags) + 1), *own[:, 0].astype(int)}))
+               for s, own in zip(samples, all_boxes)]                                   # output layers [D11]
     C = max(map(len, classes))
     local = np.full((len(samples), 256), 255)  # label -> output channel
     for b, own in enumerate(classes):
@@ -1126,8 +1177,8 @@ def make_graphs(args, net, samples, seeds, device):
     labels = np.full((len(samples), H, W), 255)
     for b, seed in enumerate(seeds):
         labels[b, :seed.shape[0], :seed.shape[1]] = local[b][seed]
-    boxes = [(b, local[b][int(box[0])], x.start, y.start, x.stop, y.stop) for b, s in enumerate(samples)
-             for box in s.boxes for _, y, x in [pixel_box(box, *sizes[b])]]
+    boxes = [(b, local[b][int(box[0])], x.start, y.start, x.stop, y.stop) for b, own in enumerate(all_boxes)
+             for box in own for _, y, x in [pixel_box(box, *sizes[b])]]
     return SimpleNamespace(
         graphs=graphs, sizes=sizes, classes=classes, shape=(H, W), x=pairs.padded("x"), valid=valid,
         nodes=valid.sum((1, 2, 3)), window=pairs.window,
@@ -1188,19 +1239,21 @@ def train_gnn(args, g, names):
                 args.gnn, use_cos=not args.edge_only, use_edge=not args.attention_only)
     optim = torch.optim.Adam(net.parameters(), lr=args.gnn_lr, weight_decay=args.gnn_weight_decay)
     seeds = g.seeds
+    boxes = args.supervision == "box"                          # §3.6: without them neither L_mp nor the check
     for epoch in range(sum(args.epochs)):
-        second = epoch >= args.epochs[0]
+        second, labels = epoch >= args.epochs[0], seeds
         H, logits = net(g.x, g.edges, g.window, dropout_factors(g, generators, args.hidden, args.dropout))
         logits = logits + g.absent[:, None, None]
         log_O = to_pixels(g, logits).log_softmax(1)
-        y, x, valid = points = eq3_23_25_points(log_O, g.boxes)
-        H_points, labels = at_points(g, H, y, x), seeds
-        if args.consistency and (second or args.consistency_in_place):
+        if boxes:
+            y, x, valid = points = eq3_23_25_points(log_O, g.boxes)
+            H_points = at_points(g, H, y, x)
+        if boxes and args.consistency and (second or args.consistency_in_place):
             product = prototype_products(g, H.detach(), H_points.detach(), valid, args.consistency_cosine)
             labels = eq3_28_consistency(seeds, product, g.boxes)
             seeds = labels if args.consistency_in_place else seeds
         loss = eq3_21_cross_entropy(log_O, labels, args.balanced_ce)
-        if args.mp_loss:
+        if boxes and args.mp_loss:
             loss = loss + eq3_26_multi_point(log_O, H_points, g.boxes, points, args.mp_feature)
         if args.reg and second:
             O = logits.softmax(-1) * g.valid
@@ -1238,14 +1291,20 @@ def prototype_products(g, H, H_points, valid, cosine):
 
 def write_pseudo(args, run, net, train_set):
     """One A²GNN per image, `batch_images` side by side; then CRF.   Writes pseudo_raw/*.png, pseudo/*.png"""
+    folder = "seeds_gnn" if args.supervision in ("scribble", "point") else SEEDS[args.seed_labels]
     with run.timed("pseudo"):
         for names in run.todo(train_set.names, "pseudo", args.batch_images, stage="pseudo",
                               beside=("pseudo_raw",)):
             samples = [train_set[train_set.index(name)] for name in names]
-            seeds = [read_label(run.path(SEEDS[args.seed_labels], name), train_set.classes) for name in names]
+            seeds = [read_label(run.path(folder, name), train_set.classes) for name in names]
             g = make_graphs(args, net, samples, seeds, run.device)
             O = train_gnn(args, g, names).cpu().numpy()
             probs = [o[:len(own), :H, :W] for o, own, (H, W) in zip(O, g.classes, g.sizes)]
+            if args.supervision == "image":                                             # §3.6.1: 1 to 3
+                cams = [read_cam(run, name, len(train_set.classes)) for name in names]
+                probs = [(prob + args.walk_share * walk_image(args, net, s, cam, run.device)[own])
+                         / (1 + args.walk_share)
+                         for prob, own, s, cam in zip(probs, g.classes, samples, cams)]
             refined = dense_crf([s.image for s in samples], probs, args.gnn_crf, args.crf, args.workers,
                                 run.device)
             for name, own, prob, crf in zip(names, g.classes, probs, refined):

@@ -167,12 +167,6 @@ def normalise(s):
     return changed(s, image=image.permute(2, 0, 1).contiguous(), **fields)
 
 
-def denormalise(image):
-    """(3,H,W) float32 -> (H,W,3) uint8, the reverse of normalise."""
-    image = image.detach().float().cpu().permute(1, 2, 0) * torch.tensor(STD) + torch.tensor(MEAN)
-    return (image * 255).round().clamp(0, 255).to(torch.uint8).numpy()
-
-
 def collate(samples):
     """B normalised samples -> one: image (B,3,H,W), tags (B,K), label maps (B,H,W); the others are lists."""
     batch = {key: [getattr(s, key) for s in samples] for key in vars(samples[0])

@@ -930,6 +930,55 @@ def test_the_control_of_seeds_and_crf():
     assert label[0, 0] == 0 and label[0, 1] == 1 and label[1, 0] == 3
 
 
+# ---------------------------------------------------------------- scribbles, points, tags (3.6.1)
+
+
+def two_halves():
+    """A picture whose left half is dark and right half bright: no superpixel crosses the middle."""
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[:, 30:] = 220
+    return image
+
+
+def test_spread_fills_superpixels_of_one_class_only():
+    image, label = two_halves(), np.full((40, 60), 255, np.uint8)
+    label[20, 5:25] = 2
+    label[10, 45] = 0
+    out = a2gnn.spread(label, image, 8)
+    index, _ = a2gnn.superpixels(image, 8)
+    for i in range(index.max() + 1):
+        known = set(label[(index == i) & (label != 255)].tolist())
+        assert (out[index == i] == (known.pop() if len(known) == 1 else 255)).all()
+    assert (out == 2).sum() > 60 and (out == 0).sum() > 10 and (out[:, :30] != 0).all()
+    label[20, 6] = 1                                            # two classes in one superpixel
+    out = a2gnn.spread(label, image, 2)
+    assert (out[:, :30] == 255).sum() == 40 * 30 - 20 and out[20, 6] == 1 and out[20, 7] == 2
+
+
+def test_clicks_are_pixels_of_the_picture():
+    label = a2gnn.clicks(np.array([[3, 2.9, 1.2], [1, 60.0, 39.9]]), 40, 60)
+    assert label[1, 2] == 3 and label[39, 59] == 1 and (label != 255).sum() == 2
+
+
+@pytest.mark.parametrize("supervision", ["scribble", "point", "image"])
+def test_weak_seeds(supervision):
+    args = types.SimpleNamespace(supervision=supervision, superpixels=8)
+    scribble = np.full((40, 60), 255, np.uint8)
+    scribble[20, 5:25] = 2
+    sample = types.SimpleNamespace(image=two_halves(), scribble=scribble, points=np.array([[2, 10.0, 20.0]]))
+    M_I, sure = np.full((40, 60), 1, np.uint8), np.full((40, 60), 255, np.uint8)
+    sure[:, :10], sure[:, 50:] = 1, 0
+    labels = a2gnn.weak_seeds(args, sample, M_I, sure, None)
+    if supervision == "image":
+        assert (labels["seeds_F"] == M_I).all() and (labels["seeds"] == sure).all() and len(labels) == 2
+        return
+    weak = labels["seeds_F"]
+    assert (weak == 2).any() and set(np.unique(weak)) == {2, 255}
+    merged = np.where(weak == 255, sure, weak)
+    expected = {"scribble": (merged, weak), "point": (sure, merged)}[supervision]
+    assert (labels["seeds"] == expected[0]).all() and (labels["seeds_gnn"] == expected[1]).all()
+
+
 # ---------------------------------------------------------------- batch
 
 
@@ -1083,6 +1132,15 @@ def test_runs_on_full_masks(folders, tmp_path):
     assert [s["stage"] for s in stages(tmp_path)] == ["val", "val_crf"]
     assert not any((tmp_path / name).exists() for name in ("cam", "seeds", "pseudo", "classifier.pt"))
     assert (tmp_path / "panels" / "val.png").exists() and len(list((tmp_path / "val_crf").iterdir())) == 6
+
+
+@pytest.mark.parametrize("supervision", ["scribble", "point", "image"])
+def test_runs_without_boxes(supervision, folders, tmp_path):
+    few = dict(supervision=supervision, cam_steps=2, aff_steps=2, seg_steps=2, crf="none")
+    run_here(*command(folders, tmp_path, **few))
+    assert [s["stage"] for s in stages(tmp_path)] == STAGES
+    nodes = sorted((tmp_path / "seeds_gnn").glob("*.png"))
+    assert len(nodes) == (0 if supervision == "image" else 6)
 
 
 def test_predicts_a_folder_and_a_picture(finished, folders, tmp_path):

@@ -235,7 +235,7 @@ def test_colour_jitter_means_what_torchvision_means():
     assert np.array_equal(several[0], several[1]) and not np.array_equal(several[0], several[2])
 
 
-def test_normalise_and_back():
+def test_normalise():
     s = painted()
     out = data.normalise(s)
     assert out.image.shape == (3, 84, 132) and out.image.dtype == torch.float32
@@ -243,7 +243,6 @@ def test_normalise_and_back():
     assert out.tags.dtype == out.boxes.dtype == out.points.dtype == torch.float32
     expected = (s.image[10, 20] / 255 - np.array(data.MEAN)) / np.array(data.STD)
     assert np.allclose(out.image[:, 10, 20], expected, atol=1e-5)
-    assert np.array_equal(data.denormalise(out.image), s.image)
 
 
 def test_collate():
