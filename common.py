@@ -11,6 +11,7 @@ background, C channels or classes with it, H,W pixels, h,w feature grid. 0 = bac
         for name in chunk: save_label(run.path("pseudo", name), label)
     run.result("val", split="val", n_images=len(names), confusion=confusion)
 """
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -174,6 +175,7 @@ def start_processes(device):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         day = datetime.timedelta(days=1)                        # the slowest share of images may take long
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=day)
+        atexit.register(dist.destroy_process_group)             # else its threads may abort the exit
     return torch.device(device)
 
 
@@ -961,30 +963,8 @@ class PermutohedralLattice:
     """
 
     def __init__(self, features, image=None, bag=None):
-        (N, d), device, real = features.shape, features.device, features.dtype
-        # Elevate: into the plane of d+1 coordinates with sum 0, in units in which the blur has deviation 1.
-        axis = torch.arange(1, d + 1, device=device, dtype=real)
-        f = features.T * ((d + 1) * (2 / 3) ** 0.5 / (axis * (axis + 1)).sqrt())[:, None]
-        elevated, total = f.new_empty(d + 1, N), f.new_zeros(N)
-        for j in range(d, 0, -1):
-            torch.sub(total, f[j - 1], alpha=j, out=elevated[j])
-            total += f[j - 1]
-        elevated[0] = total
-        # Embed in the simplex: the nearest point of remainder 0, (d+1)·cell; the ranks of the offsets to it.
-        cell = (elevated / (d + 1)).round_()
-        offset, cell = elevated.sub_(cell, alpha=d + 1), cell.int()
-        rank = cell.sum(0, dtype=torch.int32).repeat(d + 1, 1)
-        for i in range(d):
-            for j in range(i + 1, d + 1):
-                less = offset[i] < offset[j]
-                rank[i] += less
-                rank[j] += less.logical_not_()
-        wrap = (rank < 0).int() - (rank > d).int()              # where that point lies beside the plane
-        rank, cell = rank.add_(wrap, alpha=d + 1).long(), cell.add_(wrap)
-        offset.sub_(wrap, alpha=d + 1)
-        # Barycentric weights of the simplex's corners 0..d.
-        falling = torch.empty_like(offset).scatter_(0, rank, offset.div_(d + 1))
-        weight = torch.cat([falling[d:] - falling[:1] + 1, (falling[:-1] - falling[1:]).flip(0)])
+        (N, d), device = features.shape, features.device
+        cell, rank, weight = self.simplex(features)
         # Keys: corner k has remainder k; from corner k-1 to k the cell of rank d+1-k falls by one. A key's
         # digits are the remainder and the first d cells, with room for neighbours of the outermost corners.
         low = cell.amin(1) - 2
@@ -1005,34 +985,72 @@ class PermutohedralLattice:
         key, order = key.flatten().sort(stable=True)
         new = torch.ones_like(key, dtype=torch.bool)
         torch.ne(key[1:], key[:-1], out=new[1:])
-        start = new.nonzero()[:, 0]
-        vertex, M = key[start], len(start)
         number = torch.empty_like(order, dtype=torch.int32)
         number.scatter_(0, order, new.cumsum(0, dtype=torch.int32).sub_(1))
         self.vertex = number.view(d + 1, N).T.flatten()
         self.slice_weight = weight.T.flatten().div_(1 + 2.0 ** -d)
+        self.slice = torch.arange(0, (d + 1) * N, d + 1, device=device, dtype=torch.int32)
         self.point, self.splat_weight = order.int().remainder_(N), weight.flatten()[order]
-        start = F.pad(start, (0, 1), value=len(order))          # vertex M is empty: its value is always zero
+        start = new.nonzero()[:, 0]
+        self.cut_bags(F.pad(start, (0, 1), value=len(order)),   # vertex M is empty: its value is always zero
+                      (64 if features.is_cuda else 0) if bag is None else bag)
+        self.join(key[start], units, d)
+        self.blur_weight = features.new_tensor([1, 0.5, 0.5]).repeat(len(start) + 1)
+
+    @staticmethod
+    def simplex(features):
+        """The simplex around each point: cells of its remainder-0 corner and ranks, (d+1,N) each; weights."""
+        N, d = features.shape
+        # Elevate: into the plane of d+1 coordinates with sum 0, in units in which the blur has deviation 1.
+        axis = torch.arange(1, d + 1, device=features.device, dtype=features.dtype)
+        f = features.T * ((d + 1) * (2 / 3) ** 0.5 / (axis * (axis + 1)).sqrt())[:, None]
+        elevated, total = f.new_empty(d + 1, N), f.new_zeros(N)
+        for j in range(d, 0, -1):
+            torch.sub(total, f[j - 1], alpha=j, out=elevated[j])
+            total += f[j - 1]
+        elevated[0] = total
+        # Embed in the simplex: the nearest point of remainder 0, (d+1)·cell; ranks of the offsets to it.
+        cell = (elevated / (d + 1)).round_()
+        offset, cell = elevated.sub_(cell, alpha=d + 1), cell.int()
+        rank = cell.sum(0, dtype=torch.int32).repeat(d + 1, 1)
+        for i in range(d):
+            for j in range(i + 1, d + 1):
+                less = offset[i] < offset[j]
+                rank[i] += less
+                rank[j] += less.logical_not_()
+        wrap = (rank < 0).int() - (rank > d).int()              # where that point lies beside the plane
+        rank, cell = rank.add_(wrap, alpha=d + 1).long(), cell.add_(wrap)
+        offset.sub_(wrap, alpha=d + 1)
+        # Barycentric weights of the simplex's corners 0..d.
+        falling = torch.empty_like(offset).scatter_(0, rank, offset.div_(d + 1))
+        weight = torch.cat([falling[d:] - falling[:1] + 1, (falling[:-1] - falling[1:]).flip(0)])
+        return cell, rank, weight
+
+    def cut_bags(self, start, bag):
+        """Where each vertex's sum of the splat begins; with `bag`, sums of at most so many, then their sums."""
         self.splat, self.pieces = start.int(), None
-        bag = (64 if features.is_cuda else 0) if bag is None else bag
-        if bag:                                                 # sums of at most `bag`, then their sums
+        if bag:
             pieces = F.pad((start.diff() + bag - 1) // bag, (0, 1))
             self.pieces = (pieces.cumsum(0) - pieces).int()
-            inner = torch.arange(int(pieces.sum()), device=device)
+            inner = torch.arange(int(pieces.sum()), device=start.device)
             inner -= self.pieces.repeat_interleave(pieces)
             self.splat = (start.repeat_interleave(pieces) + bag * inner).int()
-        # Blur: along axis j a vertex's neighbours lie at ±(1, …, 1, -d, 1, …, 1), -d at j; missing: M.
-        carry = torch.where(vertex % (d + 1) == d, sum(unit[:d]) - d, 1).to(whole)
+
+    def join(self, vertex, units, d):
+        """Blur: along axis j a vertex has neighbours at ±(1, …, 1, -d, 1, …, 1), -d at j, or M where none is.
+
+        vertex (M,) sorted keys; units (d+1,1) of a key's digits
+        """
+        M, whole = len(vertex), vertex.dtype
+        carry = torch.where(vertex % (d + 1) == d, units.sum() - d, 1).to(whole)
         wanted = vertex + carry - units
         found = torch.searchsorted(vertex, wanted, out_int32=True).clamp_max_(M - 1)
         above = F.pad(torch.where(vertex[found] == wanted, found, M).int(), (0, 1), value=M)
-        here = torch.arange(M + 1, device=device, dtype=torch.int32).expand(d + 1, -1)
+        here = torch.arange(M + 1, device=vertex.device, dtype=torch.int32).expand(d + 1, -1)
         below = torch.full_like(above, M).scatter_(1, above.long(), here)
         below[:, M] = M
         self.neighbours = torch.stack([here, above, below], dim=-1).flatten(1)          # (d+1,3(M+1))
-        self.blur_weight = f.new_tensor([1, 0.5, 0.5]).repeat(M + 1)
-        self.blur, self.slice = (torch.arange(0, n, k, device=device, dtype=torch.int32)
-                                 for n, k in ((3 * (M + 1), 3), ((d + 1) * N, d + 1)))
+        self.blur = torch.arange(0, 3 * (M + 1), 3, device=vertex.device, dtype=torch.int32)
 
     def filter(self, x, transpose=False):
         """K x, or Kᵀ x: the blurs do not commute where vertices are missing, so K is not quite symmetric.
