@@ -1027,7 +1027,7 @@ class PermutohedralLattice:
         return cell, rank, weight
 
     def cut_bags(self, start, bag):
-        """Where each vertex's sum of the splat begins; with `bag`, sums of at most so many, then their sums."""
+        """Where each vertex's sum of the splat begins; with `bag`: sums of at most so many, then of those."""
         self.splat, self.pieces = start.int(), None
         if bag:
             pieces = F.pad((start.diff() + bag - 1) // bag, (0, 1))
