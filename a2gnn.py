@@ -264,6 +264,8 @@ class Args:
     """range of the random scale"""
     seg_stride: int = 8
     """output stride of DeepLab"""
+    seg_rates: tuple[int, ...] = (6, 12, 18, 24)
+    """dilations of DeepLab-v2's ASPP; one beyond the crop's cells is never trained, yet speaks in tests"""
     weight_decay: float = 5e-4
     """of classifier, affinity CNN and segmentation network"""
     test_scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)
@@ -277,15 +279,16 @@ SHAPES = dict(
     backbone="tiny", cam_backbone="tiny", weights="none", stride=4, cam_stride=8, seg_stride=4,
     cam_steps=1200, cam_warmup=900, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
     er_scale=0.6, aff_steps=120, aff_batch=8, walk_steps=16, hidden=64, epochs=(25, 25),
-    seg_steps=4000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rescale=(0.75, 1.25),
-    test_scales=(0.75, 1.0, 1.25))
+    seg_steps=4000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rates=(3, 6, 9, 12),
+    seg_rescale=(0.75, 1.25), test_scales=(0.75, 1.0, 1.25))
 # A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
 # (On grids coarser than the paper's the walk takes fewer steps: its reach grows with their square root.)
 PHOTOS = dict(
     cam_backbone="same", train_list="train", stride=16, cam_stride=16, seg_stride=16,
     cam_steps=330, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
     aff_steps=520, aff_lr=0.05, walk_steps=16, hidden=64, epochs=(25, 25),
-    seg_steps=2000, seg_batch=8, seg_lr=5e-4, seg_crop=257, test_scales=(0.75, 1.0, 1.25))
+    seg_steps=1000, seg_batch=8, seg_lr=5e-4, seg_crop=257, seg_rates=(3, 6, 9, 12),
+    test_scales=(0.75, 1.0, 1.25))
 
 # Folders of the seeds in the run.
 SEEDS = {"M_g": "seeds", "M_F": "seeds_F"}
@@ -301,7 +304,8 @@ FIELDS = {stage: names.split() for stage, names in {
     "pseudo": "gnn nodes edges radius attention_only edge_only hidden layers beta sigma epochs gnn_lr "
               "gnn_weight_decay dropout reg w_reg reg_radius mp_loss mp_feature consistency "
               "consistency_cosine consistency_in_place balanced_ce walk_share",
-    "segmenter": "backbone train_on seg_steps seg_batch seg_lr seg_crop seg_rescale seg_stride",
+    "segmenter": "backbone train_on seg_steps seg_batch seg_lr seg_crop seg_rescale seg_stride "
+                 "seg_rates",
 }.items()}
 
 
@@ -1312,9 +1316,9 @@ def write_pseudo(args, run, net, train_set):
                 save_label(run.path("pseudo", name), own[crf.argmax(0)])
 
 
-def make_segmenter(backbone, weights, stride, classes):
+def make_segmenter(backbone, weights, stride, rates, classes):
     net = make_backbone(backbone, weights_of(backbone, weights), stride, pretrained(backbone, weights))
-    return DeepLab(net, ASPP(net.channels[-1], classes + 1))                            # [D2]
+    return DeepLab(net, ASPP(net.channels[-1], classes + 1, rates))                            # [D2]
 
 
 def train_segmenter(args, run, train_set):
@@ -1325,7 +1329,7 @@ def train_segmenter(args, run, train_set):
         return normalise(crop(sample, args.seg_crop, rng))
 
     run.reseed("segmenter")
-    net = make_segmenter(args.backbone, args.weights, args.seg_stride, len(train_set.classes))
+    net = make_segmenter(args.backbone, args.weights, args.seg_stride, args.seg_rates, len(train_set.classes))
     ddp = run.place(net).train()
     new_layers = [net.head] if pretrained(args.backbone, args.weights) else []
     optim = torch.optim.SGD(group_rates(net, new_layers, args.seg_lr, args.weight_decay),
@@ -1452,7 +1456,7 @@ def predict_folder(args):
         raise UserError(f"--predict {source}: no .jpg or .png picture there")
     device, made = start_processes(args.device), state["args"]
     classes = len(state["model"]["head.branches.0.weight"]) - 1
-    net = make_segmenter(made["backbone"], "none", made["seg_stride"], classes)
+    net = make_segmenter(made["backbone"], "none", made["seg_stride"], made["seg_rates"], classes)
     net.load_state_dict(state["model"])
     net = net.to(device, memory_format=torch.channels_last).eval()
     folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
@@ -1471,7 +1475,7 @@ def main():
     if args.predict:
         return predict_folder(args)
     train_set, val_set = load(args, "train"), load(args, "val")
-    make_segmenter(args.backbone, args.weights, args.seg_stride, 1)                # wrong weights: say so now
+    make_segmenter(args.backbone, args.weights, args.seg_stride, args.seg_rates, 1)     # wrong weights: now
     run = Run(args, FIELDS)
     if args.supervision != "full":
         classifier = train_classifier(args, run, train_set)                             # Eq. (3.1)
