@@ -460,17 +460,16 @@ def eq7_affinity(B, offsets):
     The place of each maximum is found first, without gradient: memory is that of the pairs, not of the paths.
     """
     h, w = B.shape[1:]
-    index, places = torch.arange(h * w, device=B.device).view(1, h, w), []
+    index, places = torch.arange(h * w, device=B.device).expand(len(B), -1).view(-1, h, w), []
     for dy, dx in offsets:
-        best, place = None, None
+        rows, columns = h - dy, w - abs(dx)
+        best, place = torch.full_like(B[:, :rows, :columns], -1).detach(), index[:, :rows, :columns]
         for y, x in path_cells(dy, dx):
-            part = slice(y, y + h - dy), slice(max(0, -dx) + x, max(0, -dx) + x + w - abs(dx))
-            value, here = B.detach()[:, *part], index[:, *part]
-            higher = value > best if best is not None else None
-            best = value if best is None else torch.maximum(best, value)
-            place = here.expand_as(value) if higher is None else torch.where(higher, here, place)
+            part = np.s_[:, y:y + rows, x + max(0, -dx):x + max(0, -dx) + columns]
+            place = torch.where(B.detach()[part] > best, index[part], place)
+            best = torch.maximum(B.detach()[part], best)
         places.append(place.flatten(1))
-    return 1 - B.flatten(1).gather(1, torch.cat(places, dim=1))
+    return 1 - B.flatten(1).gather(1, torch.cat([index[:, :0].flatten(1), *places], dim=1))
 
 
 def eq8_boundary(a, fg, bg, differ):
@@ -533,7 +532,7 @@ def eq12_transitions(B, radius, beta):
     steps = [0, *(sign * (dy * w + dx) for dy, dx in every for sign in (1, -1))]
     index = torch.arange(h * w, device=B.device)[:, None] + torch.tensor(steps, device=B.device)
     T = A[0].flatten(0, 1) ** beta
-    return index.clamp(0, h * w - 1), T / T.sum(1, keepdim=True)
+    return index.clamp(0, h * w - 1).int(), T / T.sum(1, keepdim=True)
 
 
 def eq13_random_walk(maps, transitions, steps):
