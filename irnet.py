@@ -144,7 +144,9 @@ class Args:
     irn_batch: int = 32
     """images a step, over all processes"""
     irn_lr: float = 0.1
-    """§6.1, boundary branch; displacement branch x10; poly 0.9"""
+    """§6.1, boundary branch; poly 0.9"""
+    irn_amplify: float = 10.0
+    """§6.1: factor of the displacement branch's gradients, here of its learning rate [D3]"""
     irn_momentum: float = 0.0
     """see cam_momentum"""
     irn_crop: int = 512
@@ -218,7 +220,8 @@ class Args:
 # the scenes' objects are less than half as large as VOC's.
 SHAPES = dict(
     backbone="tiny", weights="none", cam_stride=8, cam_steps=1200, cam_lr=0.05, cam_momentum=0.9,
-    cam_crop=96, cam_resize=(96, 128), irn_steps=300, irn_batch=8, irn_crop=96, irn_rescale=(0.75, 1.25),
+    cam_crop=96, cam_resize=(96, 128), irn_steps=300, irn_batch=4, irn_lr=0.02, irn_amplify=1.0,
+    irn_momentum=0.9, irn_crop=96, irn_rescale=(0.75, 1.25),
     seg_stride=4, seg_steps=2000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rescale=(0.75, 1.25),
     test_scales=(0.75, 1.0, 1.25), inst_steps=600, inst_batch=4, inst_warmup=100, inst_size=128,
     inst_width=64, inst_rois=64)
@@ -233,7 +236,7 @@ FIELDS = {stage: names.split() for stage, names in {
     "classifier": "data root train_list seed amp weights backbone cam_stride cam_steps cam_batch cam_lr "
                   "cam_momentum cam_crop cam_resize weight_decay",
     "cam": "supervision crf cam_scales confident_fg confident_bg relation_crf relation_prob",
-    "irnet": "irn_init irn_steps irn_batch irn_lr irn_momentum irn_crop irn_rescale irn_radius "
+    "irnet": "irn_init irn_steps irn_batch irn_lr irn_amplify irn_momentum irn_crop irn_rescale irn_radius "
              "authors_weights",
     "fields": "",
     "pseudo": "cam_threshold refine_steps centroid walk_radius walk_beta walk_steps background fragment",
@@ -670,7 +673,7 @@ def train_irnet(args, run, classifier, train_set):
     net = IRNet(backbone)
     ddp = run.place(net).train()
     groups = [{"params": net.boundary_branch.parameters(), "lr": args.irn_lr},
-              {"params": net.displacement_branch.parameters(), "lr": 10 * args.irn_lr}]  # [D3]
+              {"params": net.displacement_branch.parameters(), "lr": args.irn_amplify * args.irn_lr}]
     optim = torch.optim.SGD(groups, lr=args.irn_lr, momentum=args.irn_momentum,
                             weight_decay=args.weight_decay)
     labelled = with_labels(train_set, seed=run.dir / "relations")
@@ -770,7 +773,7 @@ def walk_images(args, run, names, cams, stride):
 
 
 @torch.no_grad()
-def write_pseudo(args, run, stride, train_set):
+def synthesise_labels(args, run, stride, train_set):
     """Semantic labels of both rows of Table 2, instance labels of all rows of Table 1.
 
     Writes pseudo/*.png, pseudo_cam/*.png and instances_{displacement,boundary,cam}/*.npz
@@ -1188,7 +1191,7 @@ def main():
         write_cams(args, run, classifier, train_set)                                    # §4.2
         irnet = train_irnet(args, run, classifier, train_set)                           # Eqs. (2)–(9)
         write_fields(args, run, irnet, train_set)                                       # D and B
-        write_pseudo(args, run, irnet.stride, train_set)                                # Eqs. (10)–(15)
+        synthesise_labels(args, run, irnet.stride, train_set)                                # Eqs. (10)–(15)
         if not run.has("pseudo_instance"):
             draw_panels(args, run, "train")
             evaluate_labels(args, run, "train")

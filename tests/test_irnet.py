@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 
 import irnet
-from common import CRF, dense_crf, make_backbone
+from common import CRF, ConfusionMatrix, Run, dense_crf, make_backbone, save_label
 from conftest import kill_when, sh
 from data import export, load, read_image, read_label
 
@@ -684,3 +684,51 @@ def test_an_image_without_tags_is_background(folders, tmp_path):
     assert read_label(tmp_path / "run" / "pseudo" / f"{name}.png").shape == (33, 47)
     assert len(irnet.read_instances(tmp_path / "run" / "instances_displacement" / f"{name}.npz")[0]) == 0
     assert [s["stage"] for s in stages(tmp_path / "run")] == ["val", "val_crf", "val_instance"]
+
+
+# ---------------------------------------------------------------- learns
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """IRNet after some seconds on three scenes, whose true masks stand for the confident areas."""
+    out, samples = tmp_path_factory.mktemp("trained"), shapes(3)
+    (out / "names.txt").write_text("".join(f"{s.name}\n" for s in samples))
+    changes = dict(out=str(out), train_list=str(out / "names.txt"), workers=0, device="cpu", irn_steps=50,
+                   irn_batch=3, irn_crop=64, irn_rescale=(0.8, 0.8), irn_radius=6, log_every=1)
+    args = irnet.Args(**{**irnet.SHAPES, **changes})
+    run, train_set = Run(args), load(args, "train")
+    for s in samples: save_label(run.path("relations", s.name), s.mask)
+    torch.manual_seed(0)
+    classifier = irnet.Classifier(irnet.classifier_backbone(args), 8, cut=False).eval()
+    net = irnet.train_irnet(args, run, classifier, train_set)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return types.SimpleNamespace(net=net, samples=samples, lines=lines)
+
+
+def test_irnet_learns_boundaries_and_displacements(trained):
+    for key, share in (("loss_b", 0.8), ("loss_fg", 0.8)):
+        losses = [line[key] for line in trained.lines]
+        assert np.mean(losses[-10:]) < share * np.mean(losses[:10]), (key, losses)
+
+
+def test_the_walk_enlarges_small_seeds(trained):
+    """A CAM that lights a fifth of each object: its labels cover more of the objects after the walk."""
+    before, after = ConfusionMatrix(range(9)), ConfusionMatrix(range(9))
+    for s in trained.samples:
+        D, B = (t.numpy() for t in irnet.fields_of(trained.net, s.image, 80, torch.device("cpu")))
+        own, depth = np.flatnonzero(s.tags), np.zeros(s.mask.shape)
+        for k in range(1, s.instances.max() + 1):
+            inside = s.instances == k
+            if not inside.any(): continue
+            distance = ndimage.distance_transform_edt(inside)
+            depth[inside & (distance >= np.quantile(distance[inside], 0.8))] = 1
+        cam = np.stack([depth * (s.mask == c + 1) for c in own]).astype(np.float32)
+        start, _ = irnet.start_of_walk(cam[:, ::2, ::2], D, B, 1, 2.5)
+        transitions = irnet.eq12_transitions(torch.tensor(B), 5, 10.0)
+        walked, = irnet.eq13_random_walk([torch.tensor(start[:len(own)])], [transitions], 256)
+        walked = irnet.cells_to_pixels(walked[None], 2, s.mask.shape)[0].numpy()
+        for confusion, scores in ((before, cam), (after, walked)):
+            label = irnet.best_labels(scores, 0.25)[0]
+            confusion.add(np.concatenate([[0], own + 1])[label], s.mask)
+    assert after.miou() > before.miou() + 5, (before.miou(), after.miou())
