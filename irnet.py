@@ -28,7 +28,8 @@ Departures   [D1] second level of the displacement branch: 128 channels (authors
              [D7] Eq. 10: the second D is the initial field, bilinear between cells, kept inside the map.
                   100 iterations as in the paper; the authors' code has 300
              [D8] "the mean of D": over the whole training set (authors' code), not of each image
-             [D9] paper silent: a cell whose refined vector ends in no centroid belongs to no instance
+             [D9] D of Eq. 14 is the initial field, of Eq. 15 the refined one; a cell whose vector ends in no
+                  centroid belongs to no instance (paper silent)
              [D10] SGD without momentum for classifier and IRNet: what the published optimiser really does
              [D11] "less than bottom 25 %": below 0.25 of the image's highest score (authors' code)
              [D12] unconnected parts of an instance count as several, those below 1 % of the image score 0 and
@@ -37,8 +38,8 @@ Departures   [D1] second level of the displacement branch: 128 channels (authors
                   enlarged (the authors' bilinear is half a cell off); taps and logits by torch's bilinear
              [D14] Mask R-CNN is torchvision's with the paper's FPN over --backbone; pictures are squares of
                   one size; the number of steps, which the paper does not give, is a guess
-             [D15] classifier: no gradient below the third level, as in the authors' code; without pretrained
-                  weights all of it learns
+             [D15] classifier: the first three levels do not learn, as in the authors' code; without pretrained
+                  weights they do
              [D16] Eqs. 5, 6, 8, 9 as printed; the authors halve L^B and divide the others by four
                   (--authors-weights). log(a + 1e-5) instead of log a keeps Eq. 8 finite
              [D17] IRNet sees pictures padded to its crop size, as in the authors' code, and to whole cells
@@ -220,10 +221,10 @@ class Args:
 # the scenes' objects are less than half as large as VOC's.
 SHAPES = dict(
     backbone="tiny", weights="none", cam_stride=8, cam_steps=1200, cam_lr=0.05, cam_momentum=0.9,
-    cam_crop=96, cam_resize=(96, 128), irn_steps=300, irn_batch=4, irn_lr=0.02, irn_amplify=1.0,
+    cam_crop=96, cam_resize=(96, 128), irn_steps=300, irn_batch=4, irn_lr=0.05, irn_amplify=0.2,
     irn_momentum=0.9, irn_crop=96, irn_rescale=(0.75, 1.25),
     seg_stride=4, seg_steps=2000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rescale=(0.75, 1.25),
-    test_scales=(0.75, 1.0, 1.25), inst_steps=600, inst_batch=4, inst_warmup=100, inst_size=128,
+    test_scales=(0.75, 1.0, 1.25), inst_steps=400, inst_batch=4, inst_warmup=100, inst_size=128,
     inst_width=64, inst_rois=64)
 # A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
 PHOTOS = dict(
@@ -323,12 +324,12 @@ class IRNet(nn.Module):
             levels = five_levels(self.backbone, image)
         grid, middle = levels[1].shape[-2:], levels[2].shape[-2:]
         edge = [F.relu(resample(layer(level), grid)) for layer, level in zip(self.edge, levels)]
-        fine = [F.relu(layer(level)) for layer, level in zip(self.field[:2], levels)]
-        fine = [resample(level, grid) for level in fine]
+        fine = [F.relu(resample(layer(level), grid)) for layer, level in zip(self.field[:2], levels)]
         coarse = [F.relu(resample(layer(level), middle)) for layer, level in zip(self.field[2:], levels[2:])]
         merged = F.relu(resample(self.merge(torch.cat(coarse, dim=1)), grid))           # top-down path way
-        D = self.decode(torch.cat([*fine, merged], dim=1))
-        return self.edge_out(torch.cat(edge, dim=1))[:, 0].float(), D.float()
+        with torch.autocast(image.device.type, enabled=False):  # bf16 is too coarse for places
+            D = self.decode(torch.cat([*fine, merged], dim=1).float())
+        return self.edge_out(torch.cat(edge, dim=1))[:, 0].float(), D
 
 
 # ── Class attention maps (§3) and confident areas (§4.2): arrays in, arrays out ─────────────────────────────
@@ -721,7 +722,7 @@ def write_fields(args, run, net, train_set):
             D, B = fields_of(net, train_set[train_set.index(name)].image, args.irn_crop, run.device)
             save_npz(run.path("fields", name, ".npz"), D=D.cpu().numpy().astype(np.float16),
                      B=B.cpu().numpy().astype(np.float16))
-        for (name,) in run.todo(["mean"], "mean_displacement", stage="fields"):
+        for (name,) in run.todo(["mean"], "mean_displacement"):
             total, cells = np.zeros(2), 0
             for image in train_set.names:
                 D = read_fields(run, image)[0]
