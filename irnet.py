@@ -38,8 +38,8 @@ Departures   [D1] second level of the displacement branch: 128 channels (authors
                   enlarged (the authors' bilinear is half a cell off); taps and logits by torch's bilinear
              [D14] Mask R-CNN is torchvision's with the paper's FPN over --backbone; pictures are squares of
                   one size; the number of steps, which the paper does not give, is a guess
-             [D15] classifier: the first three levels do not learn, as in the authors' code; without pretrained
-                  weights they do
+             [D15] classifier: the first three levels do not learn (authors' code); without pretrained weights
+                  they do
              [D16] Eqs. 5, 6, 8, 9 as printed; the authors halve L^B and divide the others by four
                   (--authors-weights). log(a + 1e-5) instead of log a keeps Eq. 8 finite
              [D17] IRNet sees pictures padded to its crop size, as in the authors' code, and to whole cells
@@ -707,7 +707,7 @@ def fields_of(net, image, least, device):
     """
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
     (H, W), s, whole = image.shape[:2], net.stride, net.backbone.strides[-1]
-    down, right = (max(least, n + -n % whole) - n for n in (H, W))
+    down, right = (-(-max(least, n) // whole) * whole - n for n in (H, W))
     edge, D = net(F.pad(torch.cat([x, x.flip(-1)]), (0, right, 0, down)))
     h, w = -(-H // s), -(-W // s)
     edge = cells_to_pixels(edge[:, None, :h, :w], s, (H, W))[:, 0]
