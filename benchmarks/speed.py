@@ -3,6 +3,7 @@
     python benchmarks/speed.py a2gnn                    # A²GNN: images/s side by side, windowed attention
     python benchmarks/speed.py a2gnn --device cuda      # the same on a GPU, with peak memory
     python benchmarks/speed.py crf                      # dense CRF: the torch lattice against pydensecrf
+    python benchmarks/speed.py irnet                    # IRNet: sparse walk against matrix powers, images/s
     python benchmarks/speed.py schedule --run RUN      # A²GNN: a run's short GNN schedule against the paper's
 
 Each number is the median of --repeats runs (5 or more) in one process, after one run that is not counted.
@@ -311,7 +312,91 @@ def crf_speed(device: str = "cpu", threads: int = 1, repeats: int = 5,
     print(json.dumps({key: settings[key] for key in list(settings)[2:]}, indent=1))
 
 
-COMMANDS = {"a2gnn": a2gnn_speed, "crf": crf_speed, "schedule": a2gnn_schedule}    # one entry a subcommand
+# ── irnet ───────────────────────────────────────────────────────────────────────────────────────────────────
+def irnet_scene(h, w, classes, seed):
+    """CAM (C,h,w), displacement field (2,h,w) and boundaries (h,w) of two discs a class."""
+    import numpy as np
+    from scipy import ndimage
+    rng, (y, x) = np.random.default_rng(seed), np.indices((h, w))
+    centres = rng.uniform(0.15, 0.85, (2 * classes, 2)) * (h, w)
+    toward = centres[:, :, None, None] - np.stack([y, x])                               # (2C,2,h,w)
+    distance = np.linalg.norm(toward, axis=1)
+    nearest, size = distance.argmin(0), min(h, w) / 5
+    D = np.take_along_axis(toward, nearest[None, None], 0)[0] * (distance.min(0) < 2 * size)
+    B = np.exp(-(distance.min(0) - size)**2 / 4) + 0.02 * rng.random((h, w))
+    cam = np.exp(-(distance / size)**2).reshape(classes, 2, h, w).max(1)
+    D = D + ndimage.gaussian_filter(rng.normal(0, 8, (2, h, w)), (0, 4, 4))
+    cam = cam / cam.max((1, 2), keepdims=True)
+    return tuple(array.astype(np.float32) for array in (cam, D, B.clip(0, 1)))
+
+
+def dense_walk(maps, index, weight, doublings):
+    """T^(2^doublings) by repeated squaring of the N x N matrix, then one product.   maps (N,C)"""
+    T = torch.zeros(len(index), len(index), device=weight.device).scatter_add_(1, index.long(), weight)
+    for _ in range(doublings): T = T @ T
+    return T @ maps
+
+
+def irnet_speed(device: str = "cpu", threads: int = 1, repeats: int = 5, classes: int = 2, images: int = 4,
+                height: int = 375, width: int = 500, dense_height: int = 188, dense_width: int = 252) -> None:
+    """The random walk's 256 sparse products against repeated squaring of the dense matrix, and images/s of
+    the whole label synthesis (after the network), at stride 4.
+
+    The dense matrix is timed at --dense-height x --dense-width, where it fits; the row "extrapolated" is that
+    time by the cube of the ratio of the cells, not a measurement. ratio: seconds against the sparse walk's.
+    """
+    import irnet
+    if repeats < 5: raise SystemExit(f"--repeats {repeats}: a median needs at least 5")
+    torch.set_num_threads(threads)
+    device, args, rows, cells = torch.device(device), irnet.Args(), [], []
+    doublings = args.walk_steps.bit_length() - 1
+    for H, W in ((dense_height, dense_width), (height, width)):
+        cam, D, B = irnet_scene(-(-H // 4), -(-W // 4), classes, 0)
+        maps, _ = irnet.start_of_walk(cam, D, B, args.refine_steps, args.centroid)
+        maps, B = torch.tensor(maps, device=device), torch.tensor(B, device=device)
+        index, weight = irnet.eq12_transitions(B, args.walk_radius, args.walk_beta)
+        walk = lambda: irnet.eq13_random_walk([maps], [(index, weight)], 2**doublings)[0]  # noqa: B023, E731
+        dense = lambda: dense_walk(maps.flatten(1).T, index, weight, doublings)  # noqa: B023, E731
+        build, _ = measure(lambda: irnet.eq12_transitions(B, args.walk_radius, args.walk_beta),  # noqa: B023
+                           device, repeats)
+        fast, fast_peak = measure(walk, device, repeats)
+        cells.append(len(index))
+        if not rows:
+            difference = (walk().flatten(1).T - dense()).abs().max().item()
+            assert difference < 1e-4, f"sparse and dense walk differ by {difference}"
+            slow, slow_peak = measure(dense, device, repeats)
+        else:
+            slow, slow_peak = slow * (cells[1] / cells[0])**3, None
+        what = f"{W}x{H}, {len(maps)} maps"
+        rows += [{"what": f"Eq. (12) {what}", "seconds": build, "ratio": None, "peak_mb": None},
+                 {"what": f"walk {what}", "seconds": fast, "ratio": 1.0, "peak_mb": fast_peak},
+                 {"what": f"dense {what}{', extrapolated' if len(cells) > 1 else ''}", "seconds": slow,
+                  "ratio": slow / fast, "peak_mb": slow_peak}]
+    scenes = [irnet_scene(-(-height // 4), -(-width // 4), classes, seed) for seed in range(images)]
+    seconds, peak = measure(lambda: [irnet_synthesis(irnet, args, scene, (height, width), device)
+                                     for scene in scenes], device, repeats)
+    rows.append({"what": f"synthesis {width}x{height}, {images / seconds:.3g} images/s",
+                 "seconds": seconds / images, "ratio": None, "peak_mb": peak})
+    report(f"speed_irnet_{threads}_threads", device, dict(
+        repeats=repeats, classes=classes, images=images, walk_steps=2**doublings, radius=args.walk_radius,
+        cells=cells, squarings=doublings, extrapolated="by the cube of the cells"),
+        rows)
+
+
+def irnet_synthesis(irnet, args, scene, size, device):
+    """Eqs. (10)-(15), enlargement and connected parts of one image."""
+    cam, D, B = scene
+    maps, owner = irnet.start_of_walk(cam, D, B, args.refine_steps, args.centroid)
+    transitions = irnet.eq12_transitions(torch.tensor(B, device=device), args.walk_radius, args.walk_beta)
+    walked = irnet.eq13_random_walk([torch.tensor(maps, device=device)], [transitions], args.walk_steps)[0]
+    scores = irnet.cells_to_pixels(walked[None], 4, size)[0].cpu().numpy()
+    irnet.best_labels(scores[:len(cam)], args.background)
+    label, score = irnet.best_labels(scores[len(cam):], args.background)
+    return irnet.instances_of(label, score, owner + 1, args.fragment)
+
+
+COMMANDS = {"a2gnn": a2gnn_speed, "crf": crf_speed, "irnet": irnet_speed,            # one entry a subcommand
+            "schedule": a2gnn_schedule}
 
 
 def main():
