@@ -239,7 +239,7 @@ SHAPES = dict(
     backbone="tiny", seg_backbone="tiny", weights="none", cam_stride=8, stride=4, seg_stride=4,
     cam_steps=1200, cam_batch=8, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
     local_dilation=6, local_width=64, attention_width=32, energy_xy=30,                  # [D17]
-    steps=500, lr=0.01, momentum=0.9, crop=96,
+    steps=500, lr=1e-3, momentum=0.9, heads_x10=True, crop=96,
     seg_steps=2000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rescale=(0.75, 1.25),
     seg_scales=(0.75, 1.0, 1.25))
 # A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
@@ -322,7 +322,8 @@ class Classifier(nn.Module):
         for scale in scales:
             seen = size if scale == 1 else [max(32, round(n * scale)) for n in size]
             maps = feature if scale == 1 else self.backbone(resample(image, seen))[-1]
-            cams.append(eq2_1_cam(maps, self.classifier.weight, stride, size, seen))
+            with torch.autocast(image.device.type, enabled=False):          # bf16 is too coarse for ranks
+                cams.append(eq2_1_cam(maps.float(), self.classifier.weight, stride, size, seen))
         self.backbone.train(training)
         return eq2_2_multi_scale(cams)
 
@@ -433,7 +434,7 @@ def eq2_13_average(scores):
 def eq2_1_cam(feature, weight, stride, size, seen):
     """Eq. (2.1): M_ocam = RS(Σ_ch ω F).   feature (B,D,h,w) of the image seen at size `seen`, weight
     (K,D,1,1) -> (B,K,*size), negative scores cut [D16] [D13]"""
-    return cells_to_pixels(F.relu(F.conv2d(feature, weight.to(feature.dtype)).float()), stride, size, seen)
+    return cells_to_pixels(F.relu(F.conv2d(feature, weight)), stride, size, seen)
 
 
 def eq2_2_multi_scale(cams):
@@ -501,7 +502,8 @@ def mine(rgb, cam, tags, valid, gammas, ratio, fg_min, bg_min, crf_min, confiden
         P_fg = eq2_3_foreground(cam[b, classes[1:] - 1])
         unaries.append(torch.stack([torch.cat([eq2_4_background(P_fg, g), P_fg]) for g in gammas]))
     if crf is not None:                                                                 # Eq. (2.5)
-        refined = dense_crf(list(rgb.permute(0, 2, 3, 1)), unaries, crf, backend, workers, rgb.device)
+        images = list(rgb.permute(0, 2, 3, 1).cpu().numpy())
+        refined = dense_crf(images, unaries, crf, backend, workers, rgb.device)
         refined = [torch.as_tensor(Q, device=rgb.device) for Q in refined]
     labels = []
     for b, classes in enumerate(own):
@@ -709,9 +711,8 @@ def train_joint(args, run, classifier, train_set):
         net.classification.load_state_dict(classifier.state_dict())                     # [D11]
     ddp = run.place(net).train()
     new_layers = [net.classification.classifier, *([net.branches] if args.heads_x10 else [])]
-    optim = torch.optim.SGD(
-        group_rates(net, new_layers if pretrained(args.backbone, args.weights) else [], args.lr,
-                    args.weight_decay), lr=args.lr, momentum=args.momentum)
+    optim = torch.optim.SGD(group_rates(net, new_layers, args.lr, args.weight_decay), lr=args.lr,
+                            momentum=args.momentum)
     draws, schedule = Draws(train_set, joint_augment(args), args.seed), poly(args.steps)
     for step, batch in run.steps("joint", draws, args.steps, args.batch, net, optim, schedule):
         with run.autocast():
