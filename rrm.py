@@ -51,7 +51,8 @@ Departures   [D1] backbone: ResNet-50; the paper's ResNet-38 has weights only fo
              [D15] pseudo masks of the two-step extension: only classes of the image's tags (paper silent)
              [D16] CAM: negative scores are 0 (authors' code); the extra scales see the backbone in evaluation
                   mode. A crop's padding is never labelled and takes no part in energy and BCD loss
-             [D17] shapes, photos: σ_d and the local dilation scaled with crop and grid, widths lowered
+             [D17] presets: σ_d and the local dilation scaled with crop and grid, widths lowered; so few steps
+                  need momentum and a branch that learns x10
 """
 
 from dataclasses import dataclass
@@ -246,7 +247,8 @@ SHAPES = dict(
 PHOTOS = dict(
     seg_backbone="same", train_list="train", cam_stride=16, stride=16, seg_stride=16,
     cam_steps=330, cam_batch=8, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
-    local_dilation=6, local_width=256, attention_width=128, steps=600, lr=5e-3, crop=257, energy_xy=80,
+    local_dilation=6, local_width=256, attention_width=128, energy_xy=80,
+    steps=600, lr=5e-4, momentum=0.9, heads_x10=True, crop=257,
     seg_steps=1000, seg_batch=8, seg_lr=5e-4, seg_crop=257, seg_scales=(0.75, 1.0, 1.25))
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
@@ -601,6 +603,7 @@ def eq2_26_bcd(F_m, M_p, classes):
     B, K = len(M_p), classes
     image = torch.arange(B, device=M_p.device)[:, None, None].expand_as(M_p)
     group = torch.where(M_p == 0, K + image, M_p - 1).flatten()     # c: c − 1; background of b: K + b
+    group[M_p.flatten() == 255] = -1
     features = F_m.permute(0, 2, 3, 1).flatten(0, 2)                                    # (B·h·w,D)
     member = (group[:, None] == torch.arange(K + B, device=group.device)).float()
     centres = F.normalize(eq2_24_25_centres(features, member), dim=1)
@@ -608,7 +611,7 @@ def eq2_26_bcd(F_m, M_p, classes):
     fg, bg = there & foreground, there & ~foreground
     apart = 1 + centres @ centres.T
     pairs = fg[:, None] & fg & ~torch.eye(K + B, dtype=torch.bool, device=fg.device)    # [c_i ≠ c_j]
-    own = centres[group.clamp_max(K + B - 1)]
+    own = centres[group.clamp_min(0)]
     near = 1 - (F.normalize(features, dim=1) * own).sum(1)
     is_bg, is_fg = (M_p == 0).flatten(), ((M_p > 0) & (M_p != 255)).flatten()
     return (masked_mean(apart, pairs) + masked_mean(apart, fg[:, None] & bg)
@@ -644,7 +647,11 @@ def make_classifier(args, stride, weights, classes):
 
 
 def make_rrm(args, weights, classes):
-    """RRM; weights "none" where they are loaded afterwards."""
+    """RRM; weights "none" where they are loaded afterwards.
+
+    Without shared_backbone the segmentation branch's own starts from the same weights, and no loss of one
+    branch reaches the other: two networks, trained apart.
+    """
     classification, own = make_classifier(args, args.stride, weights, classes), None
     if not args.shared_backbone:
         own = make_classifier(args, args.stride, weights, classes).backbone
