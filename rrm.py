@@ -176,23 +176,23 @@ class Args:
     attention_width: int = 256
     """§2.3.1: C_1, and width of the convolution behind R-FAM"""
     # --- 4 joint training (§2.2.4) ---
-    steps: int = 40_000
+    joint_steps: int = 40_000
     """§2.3.1"""
     warmup: int = 0
     """first steps with L_class alone; authors' train_from_init: half of them"""
-    batch: int = 8
+    joint_batch: int = 8
     """§2.3.1: images a step, over all processes; BCD's centres are those of each process's part"""
-    lr: float = 1e-3
+    joint_lr: float = 1e-3
     """§2.3.1; biases x2, classifier x10; poly 0.9"""
-    momentum: float = 0.0
+    joint_momentum: float = 0.0
     """the paper names none, authors' code ran without [D10]"""
     heads_x10: bool = False
     """AAAI version: the segmentation branch learns x10 too [D9]"""
     weight_decay: float = 5e-4
     """§2.3.1; authors' code 1e-5 [D9]. Of all networks"""
-    crop: int = 321
+    joint_crop: int = 321
     """§2.3.1, pixels"""
-    rescale: tuple[float, float] = (0.7, 1.3)
+    joint_rescale: tuple[float, float] = (0.7, 1.3)
     """§2.3.1: range of the random scale"""
     energy_loss: bool = True
     """L_energy, Eq. 2.20 (Table 2.3)"""
@@ -240,7 +240,7 @@ SHAPES = dict(
     backbone="tiny", seg_backbone="tiny", weights="none", cam_stride=8, stride=4, seg_stride=4,
     cam_steps=1200, cam_batch=8, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
     local_dilation=6, local_width=64, attention_width=32, energy_xy=30,                  # [D17]
-    steps=500, lr=1e-3, momentum=0.9, heads_x10=True, crop=96,
+    joint_steps=500, joint_lr=1e-3, joint_momentum=0.9, heads_x10=True, joint_crop=96,
     seg_steps=2000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rescale=(0.75, 1.25),
     seg_scales=(0.75, 1.0, 1.25))
 # A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
@@ -248,7 +248,7 @@ PHOTOS = dict(
     seg_backbone="same", train_list="train", cam_stride=16, stride=16, seg_stride=16,
     cam_steps=330, cam_batch=8, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
     local_dilation=6, local_width=256, attention_width=128, energy_xy=80,
-    steps=600, lr=5e-4, momentum=0.9, heads_x10=True, crop=257,
+    joint_steps=600, joint_lr=5e-4, joint_momentum=0.9, heads_x10=True, joint_crop=257,
     seg_steps=1000, seg_batch=8, seg_lr=5e-4, seg_crop=257, seg_scales=(0.75, 1.0, 1.25))
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
@@ -257,8 +257,8 @@ FIELDS = {stage: names.split() for stage, names in {
                   "cam_momentum cam_crop cam_resize weight_decay",
     "joint": "supervision crf init cam_scales gamma gamma_high ratio fg_min bg_min crf_min confident "
              "mining_crf cam_crf branch reweight shared_backbone stride local_dilation local_width "
-             "attention_width steps warmup batch lr momentum heads_x10 crop rescale energy_loss w_energy "
-             "energy_pairs energy_xy energy_rgb energy_scale bcd_loss",
+             "attention_width joint_steps warmup joint_batch joint_lr joint_momentum heads_x10 joint_crop "
+             "joint_rescale energy_loss w_energy energy_pairs energy_xy energy_rgb energy_scale bcd_loss",
     "seeds": "",
     "pseudo": "test_scales post_crf pseudo_tags",
     "segmenter": "seg_backbone seg_steps seg_batch seg_lr seg_crop seg_rescale seg_stride",
@@ -703,9 +703,9 @@ def joint_augment(args):
     """§2.3.1's augmentation; `pseudo` becomes 255 in the crop's padding, 0 elsewhere."""
     def augment(sample, rng):
         sample = changed(sample, pseudo=np.zeros_like(sample.image[..., 0]))
-        sample = rescale(sample, rng.uniform(*args.rescale))
+        sample = rescale(sample, rng.uniform(*args.joint_rescale))
         sample = flip(sample) if rng.random() < 0.5 else sample
-        return normalise(crop(sample, args.crop, rng))
+        return normalise(crop(sample, args.joint_crop, rng))
     return augment
 
 
@@ -718,10 +718,10 @@ def train_joint(args, run, classifier, train_set):
         net.classification.load_state_dict(classifier.state_dict())                     # [D11]
     ddp = run.place(net).train()
     new_layers = [net.classification.classifier, *([net.branches] if args.heads_x10 else [])]
-    optim = torch.optim.SGD(group_rates(net, new_layers, args.lr, args.weight_decay), lr=args.lr,
-                            momentum=args.momentum)
-    draws, schedule = Draws(train_set, joint_augment(args), args.seed), poly(args.steps)
-    for step, batch in run.steps("joint", draws, args.steps, args.batch, net, optim, schedule):
+    optim = torch.optim.SGD(group_rates(net, new_layers, args.joint_lr, args.weight_decay), lr=args.joint_lr,
+                            momentum=args.joint_momentum)
+    draws, schedule = Draws(train_set, joint_augment(args), args.seed), poly(args.joint_steps)
+    for step, batch in run.steps("joint", draws, args.joint_steps, args.joint_batch, net, optim, schedule):
         with run.autocast():
             y_hat, cam, scores, F_m = ddp(batch.image, () if full else args.cam_scales)
         rgb, valid = to_rgb(batch.image), batch.pseudo != 255
@@ -878,7 +878,7 @@ def evaluate_labels(args, run, split):
             result("pseudo", written("pseudo"), ["pseudo_raw"], crf=True, scales=args.test_scales,
                    miou_no_crf=written("pseudo_raw").miou())
         return
-    a_step = run.seconds("joint") / args.steps                                          # Table 2.4's Speed
+    a_step = run.seconds("joint") / args.joint_steps                                    # Table 2.4's Speed
     for stage in ("val", "val_crf"):
         result(stage, written(stage), ["joint", "val"], crf="crf" in stage, scales=args.test_scales,
                seconds_a_step=round(a_step, 4))

@@ -337,12 +337,12 @@ def rrm_batch(args, device, tags):
     from data import Draws, Sample, collate, load
     if args.preset == "shapes":
         draws = Draws(load(args, "train"), rrm.joint_augment(args), 0)
-        samples = [draws[i] for i in range(args.batch)]
+        samples = [draws[i] for i in range(args.joint_batch)]
     else:
         names, augment = ("astronaut", "coffee", "cat", "rocket"), rrm.joint_augment(args)
         samples = [augment(Sample(name=str(i), image=getattr(skimage.data, names[i % 4])(),
                                   tags=np.isin(np.arange(20), range(i, i + 1 + i % tags))),
-                           np.random.default_rng(i)) for i in range(args.batch)]
+                           np.random.default_rng(i)) for i in range(args.joint_batch)]
     return to_device(collate(samples), device)
 
 
@@ -378,8 +378,9 @@ def rrm_speed(device: str = "cpu", threads: int = 1, repeats: int = 5, tags: int
         seconds, peak = measure(lambda v=variant: rrm_step(v, net, optim, batch, half), device, repeats)
         first = rows[0]["seconds"] if rows else seconds
         rows.append({"what": what, "seconds": seconds, "ratio": seconds / first, "peak_mb": peak})
-    settings = dict(repeats=repeats, preset=preset, backbone=args.backbone, batch=args.batch, crop=args.crop,
-                    stride=args.stride, exponents=[args.gamma, args.gamma_high], amp=amp)
+    settings = dict(repeats=repeats, preset=preset, backbone=args.backbone, batch=args.joint_batch,
+                    crop=args.joint_crop, stride=args.stride, amp=amp,
+                    exponents=[args.gamma, args.gamma_high])
     report(f"speed_rrm_{preset}_{threads}_threads", device, settings, rows)
 
 

@@ -359,7 +359,7 @@ def test_eq2_19_is_the_sum_over_pairs_of_different_classes():
 
 def test_the_energys_weight_is_the_authors_at_the_papers_crop():
     assert abs(rrm.Args().energy_pairs / (161 * 161)**2 - 1e-7) < 1e-9
-    assert round(rrm.Args().crop * rrm.Args().energy_scale) in (160, 161)
+    assert round(rrm.Args().joint_crop * rrm.Args().energy_scale) in (160, 161)
 
 
 def test_the_energys_gradient_is_that_of_a_constant_filter():
@@ -492,8 +492,9 @@ def test_the_losses_fall_and_the_energy_does_only_with_its_loss():
 # ---------------------------------------------------------------- runs
 
 TINY = """rrm.py --preset shapes --workers 0 --device cpu --cam-steps 4 --cam-batch 2 --cam-crop 48
-    --cam-resize 48 64 --cam-scales 0.5 1 --steps 6 --batch 2 --crop 48 --local-width 8 --attention-width 8
-    --seg-steps 4 --seg-batch 2 --seg-crop 48 --seg-scales 1 --save-every 2 --log-every 1""".split()
+    --cam-resize 48 64 --cam-scales 0.5 1 --joint-steps 6 --joint-batch 2 --joint-crop 48 --local-width 8
+    --attention-width 8 --seg-steps 4 --seg-batch 2 --seg-crop 48 --seg-scales 1 --save-every 2
+    --log-every 1""".split()
 STAGES = ["cam", "seed", "pseudo", "val", "val_crf", "val_two_step", "val_two_step_crf"]
 FOLDERS = ["seeds", "pseudo_raw", "pseudo", "val", "val_crf", "val_two_step", "val_two_step_crf"]
 
@@ -575,7 +576,7 @@ def test_the_same_command_again_does_nothing(finished, folder):
 
 
 def test_runs_on_full_masks(folder, tmp_path):
-    flags = "--supervision full --two-step --steps 2 --seg-steps 2".split()
+    flags = "--supervision full --two-step --joint-steps 2 --seg-steps 2".split()
     run_here(*command(folder, tmp_path, *flags))
     assert [s["stage"] for s in stages(tmp_path)] == STAGES[3:]
     assert not any((tmp_path / name).exists() for name in ("cam", "seeds", "pseudo"))
@@ -615,7 +616,7 @@ ABLATIONS = {
 @pytest.mark.parametrize("flags", ABLATIONS.values(), ids=ABLATIONS)
 def test_ablations(finished, folder, tmp_path, flags):
     """Tables 2.1 to 2.5; the classifier comes from the finished run."""
-    run_here(*command(folder, tmp_path, "--reuse", finished, "--steps", 2, *flags.split()))
+    run_here(*command(folder, tmp_path, "--reuse", finished, "--joint-steps", 2, *flags.split()))
     assert [s["stage"] for s in stages(tmp_path)] == ["cam", "seed", "val", "val_crf"]
     if "--init" in flags: assert not (tmp_path / "classifier.pt").exists()
     else: assert contents(tmp_path, "classifier.pt") == contents(finished, "classifier.pt")
