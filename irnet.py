@@ -190,6 +190,8 @@ class Args:
     """range of the random scale"""
     seg_stride: int = 8
     """output stride of DeepLab"""
+    seg_rates: tuple[int, ...] = (6, 12, 18, 24)
+    """dilations of DeepLab-v2's ASPP; one beyond the crop's cells is never trained, yet speaks in tests"""
     seg_weight_decay: float = 5e-4
     """DeepLab-v2"""
     weight_decay: float = 1e-4
@@ -223,14 +225,15 @@ SHAPES = dict(
     backbone="tiny", weights="none", cam_stride=8, cam_steps=1200, cam_lr=0.05, cam_momentum=0.9,
     cam_crop=96, cam_resize=(96, 128), irn_steps=300, irn_batch=4, irn_lr=0.05, irn_amplify=0.2,
     irn_momentum=0.9, irn_crop=96, irn_rescale=(0.75, 1.25),
-    seg_stride=4, seg_steps=2000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rescale=(0.75, 1.25),
-    test_scales=(0.75, 1.0, 1.25), inst_steps=400, inst_batch=4, inst_warmup=100, inst_size=128,
+    seg_stride=4, seg_steps=4000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rates=(3, 6, 9, 12),
+    seg_rescale=(0.75, 1.25), test_scales=(0.75, 1.0, 1.25),
+    inst_steps=400, inst_batch=4, inst_warmup=100, inst_size=128,
     inst_width=64, inst_rois=64)
 # A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
 PHOTOS = dict(
     train_list="train", cam_steps=330, cam_batch=8, cam_lr=0.02, cam_crop=320, cam_resize=(320, 512),
-    irn_steps=200, irn_batch=8, irn_crop=256, seg_stride=16, seg_steps=2000, seg_batch=8, seg_lr=5e-4,
-    seg_crop=257, test_scales=(0.75, 1.0, 1.25), mask_rcnn=False)
+    irn_steps=200, irn_batch=8, irn_crop=256, seg_stride=16, seg_steps=1000, seg_batch=8, seg_lr=5e-4,
+    seg_crop=257, seg_rates=(3, 6, 9, 12), test_scales=(0.75, 1.0, 1.25), mask_rcnn=False)
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
@@ -241,7 +244,8 @@ FIELDS = {stage: names.split() for stage, names in {
              "authors_weights",
     "fields": "",
     "pseudo": "cam_threshold refine_steps centroid walk_radius walk_beta walk_steps background fragment",
-    "segmenter": "train_on seg_steps seg_batch seg_lr seg_crop seg_rescale seg_stride seg_weight_decay",
+    "segmenter": "train_on seg_steps seg_batch seg_lr seg_crop seg_rescale seg_stride seg_rates "
+                 "seg_weight_decay",
     "detector": "inst_steps inst_batch inst_lr inst_warmup inst_size inst_width inst_rois",
 }.items()}
 ROWS = ("displacement", "boundary", "cam")                                              # Table 1, best first
@@ -263,7 +267,7 @@ def without_dilation(backbone):
     return backbone
 
 
-class Classifier(nn.Module):
+class CamNet(nn.Module):
     """Image classifier (§3): features f, global average pooling and φ.
 
     forward(image (B,3,H,W)) -> tag logits (B,K);  scores(image) -> φ_cᵀ f(x) (B,K,h,w)
@@ -618,7 +622,7 @@ def train_classifier(args, run, train_set):
 
     run.reseed("classifier")
     start = pretrained(args.backbone, args.weights)
-    net = Classifier(classifier_backbone(args), len(train_set.classes), cut=start)
+    net = CamNet(classifier_backbone(args), len(train_set.classes), cut=start)
     ddp = run.place(net).train()
     optim = torch.optim.SGD(
         group_rates(net, [net.phi] if start else [], args.cam_lr, args.weight_decay),
@@ -807,9 +811,9 @@ def read_instances(path):
         return file["masks"], file["classes"], file["scores"]
 
 
-def make_segmenter(backbone, weights, stride, classes):
+def make_segmenter(backbone, weights, stride, rates, classes):
     net = make_backbone(backbone, weights_of(backbone, weights), stride, pretrained(backbone, weights))
-    return DeepLab(net, ASPP(net.channels[-1], classes + 1))                            # [D2]
+    return DeepLab(net, ASPP(net.channels[-1], classes + 1, rates))                            # [D2]
 
 
 def train_segmenter(args, run, train_set):
@@ -820,7 +824,8 @@ def train_segmenter(args, run, train_set):
         return normalise(crop(sample, args.seg_crop, rng))
 
     run.reseed("segmenter")
-    net = make_segmenter(args.backbone, args.weights, args.seg_stride, len(train_set.classes))
+    net = make_segmenter(args.backbone, args.weights, args.seg_stride, args.seg_rates,
+                         len(train_set.classes))
     ddp = run.place(net).train()
     new_layers = [net.head] if pretrained(args.backbone, args.weights) else []
     optim = torch.optim.SGD(group_rates(net, new_layers, args.seg_lr, args.seg_weight_decay),
@@ -1159,7 +1164,7 @@ def predict_folder(args):
     device, made = start_processes(args.device), state["args"]
     classes = len(state["model"][known[0]]) - 1
     if known[0] == semantic:
-        net = make_segmenter(made["backbone"], "none", made["seg_stride"], classes)
+        net = make_segmenter(made["backbone"], "none", made["seg_stride"], made["seg_rates"], classes)
     else:
         net = make_detector(made["backbone"], "none", made["inst_size"], made["inst_width"],
                             made["inst_rois"], classes)
@@ -1185,7 +1190,7 @@ def main():
     if args.predict:
         return predict_folder(args)
     train_set, val_set = load(args, "train"), load(args, "val")
-    make_segmenter(args.backbone, args.weights, args.seg_stride, 1)                # wrong weights: say so now
+    make_segmenter(args.backbone, args.weights, args.seg_stride, args.seg_rates, 1)     # wrong weights: now
     run = Run(args, FIELDS)
     if args.supervision != "full":
         classifier = train_classifier(args, run, train_set)                             # Eq. (1)

@@ -4,6 +4,8 @@
     python benchmarks/speed.py a2gnn --device cuda      # the same on a GPU, with peak memory
     python benchmarks/speed.py crf                      # dense CRF: the torch lattice against pydensecrf
     python benchmarks/speed.py irnet                    # IRNet: sparse walk against matrix powers, images/s
+    python benchmarks/speed.py rrm                      # RRM: a training step with and without its CRF
+    python benchmarks/speed.py rrm --device cuda --preset paper    # the same at the paper's setting
     python benchmarks/speed.py schedule --run RUN      # A²GNN: a run's short GNN schedule against the paper's
 
 Each number is the median of --repeats runs (5 or more) in one process, after one run that is not counted.
@@ -395,8 +397,80 @@ def irnet_synthesis(irnet, args, scene, size, device):
     return irnet.instances_of(label, score, owner + 1, args.fragment)
 
 
-COMMANDS = {"a2gnn": a2gnn_speed, "crf": crf_speed, "irnet": irnet_speed,            # one entry a subcommand
-            "schedule": a2gnn_schedule}
+# ── rrm ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def rrm_step(args, net, optim, batch, amp):
+    """One step of rrm.train_joint on a batch that is there already: no loader, no log."""
+    import rrm
+    with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=amp):
+        y_hat, cam, scores, F_m = net(batch.image, args.cam_scales)
+    rgb, valid, classes = rrm.to_rgb(batch.image), batch.pseudo != 255, batch.tags.shape[1]
+    label = rrm.mine(rgb, cam, batch.tags, valid, **rrm.mining_options(args))
+    losses = rrm.joint_losses(args, scores, F_m, label, rgb, valid, classes)
+    loss = rrm.eq2_14_classification(y_hat, batch.tags) + rrm.eq2_15_joint(*losses, args.w_energy)
+    optim.zero_grad()
+    loss.backward()
+    optim.step()
+
+
+def rrm_batch(args, device, tags):
+    """A batch for rrm_step: scenes of shapes; for the other presets photographs of scikit-image with tags
+    that are made up, 1 to `tags` an image, since the CRF's time depends on their number only."""
+    import numpy as np
+    import rrm
+    import skimage.data
+    from common import to_device
+    from data import Draws, Sample, collate, load
+    if args.preset == "shapes":
+        draws = Draws(load(args, "train"), rrm.joint_augment(args), 0)
+        samples = [draws[i] for i in range(args.joint_batch)]
+    else:
+        names, augment = ("astronaut", "coffee", "cat", "rocket"), rrm.joint_augment(args)
+        samples = [augment(Sample(name=str(i), image=getattr(skimage.data, names[i % 4])(),
+                                  tags=np.isin(np.arange(20), range(i, i + 1 + i % tags))),
+                           np.random.default_rng(i)) for i in range(args.joint_batch)]
+    return to_device(collate(samples), device)
+
+
+def rrm_speed(device: str = "cpu", threads: int = 1, repeats: int = 5, tags: int = 3, amp: bool = True,
+              preset: Literal["shapes", "photos", "paper"] = "shapes", backbone: str = "",
+              gamma_high: float = 32.0, reference: bool = True) -> None:
+    """Seconds of one joint training step (thesis, Table 2.4's Speed), with two background exponents as the
+    authors' code: without the mining CRF, with the lattice, with pydensecrf (one thread, on the CPU), and
+    without the energy loss. ratio: against the step without CRF.
+
+    backbone: default the preset's; weights are random, since they do not change the time. amp: bf16 on a GPU.
+    """
+    import dataclasses
+
+    import rrm
+    if repeats < 5: raise SystemExit(f"--repeats {repeats}: a median needs at least 5")
+    if threads: torch.set_num_threads(threads)
+    device = torch.device(device)
+    size = {"shapes": rrm.SHAPES, "photos": rrm.PHOTOS, "paper": {}}[preset]
+    args = rrm.Args(**{**size, "preset": preset, "weights": "none", "gamma_high": gamma_high, "workers": 0,
+                       "train_list": "train", **({"backbone": backbone} if backbone else {})})
+    batch = rrm_batch(args, device, tags)
+    torch.manual_seed(0)
+    net = rrm.make_rrm(args, "none", batch.tags.shape[1]).train()
+    net = net.to(device, memory_format=torch.channels_last)
+    optim = torch.optim.SGD(net.parameters(), lr=0.0)                   # the network stays what it is
+    cases = {"no mining CRF": dict(mining_crf=False), "lattice CRF": dict(crf="torch"),
+             "pydensecrf": dict(crf="pydensecrf"), "lattice CRF, no energy loss": dict(energy_loss=False)}
+    if not reference: del cases["pydensecrf"]
+    half, rows = amp and device.type == "cuda", []
+    for what, changes in cases.items():
+        variant = dataclasses.replace(args, **changes)
+        seconds, peak = measure(lambda v=variant: rrm_step(v, net, optim, batch, half), device, repeats)
+        first = rows[0]["seconds"] if rows else seconds
+        rows.append({"what": what, "seconds": seconds, "ratio": seconds / first, "peak_mb": peak})
+    settings = dict(repeats=repeats, preset=preset, backbone=args.backbone, batch=args.joint_batch,
+                    crop=args.joint_crop, stride=args.stride, amp=amp,
+                    exponents=[args.gamma, args.gamma_high])
+    report(f"speed_rrm_{preset}_{threads}_threads", device, settings, rows)
+
+
+COMMANDS = {"a2gnn": a2gnn_speed, "crf": crf_speed, "irnet": irnet_speed, "rrm": rrm_speed,
+            "schedule": a2gnn_schedule}                             # one entry a subcommand
 
 
 def main():

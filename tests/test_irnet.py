@@ -57,7 +57,7 @@ def test_eq1():
 
 def test_tag_logits_are_the_mean_of_the_scores():
     torch.manual_seed(0)
-    net = irnet.Classifier(make_backbone("tiny", "none", 8), 3, cut=False).eval()
+    net = irnet.CamNet(make_backbone("tiny", "none", 8), 3, cut=False).eval()
     x = torch.randn(2, 3, 40, 48)
     feature = net.backbone(x)[-1].mean((2, 3))                       # global average pooling, then φ
     assert close(net(x), feature @ net.phi.weight[:, :, 0, 0].T)
@@ -65,7 +65,7 @@ def test_tag_logits_are_the_mean_of_the_scores():
 
 
 def test_the_cut_classifier_learns_its_upper_blocks_only():
-    net = irnet.Classifier(make_backbone("resnet18", "none", 16), 3, cut=True)
+    net = irnet.CamNet(make_backbone("resnet18", "none", 16), 3, cut=True)
     net(torch.randn(1, 3, 32, 32)).sum().backward()
     learns = [any(p.grad is not None for p in block.parameters()) for block in net.backbone.blocks]
     assert learns == [False, False, True, True] and net.phi.weight.grad is not None
@@ -82,7 +82,7 @@ def test_the_last_stride_becomes_one_without_dilation():
 def test_cam_of_an_image():
     """Absent classes are zero, each present one's peak is 1, and a mirror image has the mirrored CAM."""
     torch.manual_seed(1)
-    net = irnet.Classifier(make_backbone("tiny", "none", 8), 4, cut=False).eval()
+    net = irnet.CamNet(make_backbone("tiny", "none", 8), 4, cut=False).eval()
     image = np.random.default_rng(0).integers(0, 256, (33, 49, 3), dtype=np.uint8)  # cells mirror onto cells
     tags = np.array([True, False, True, False])
     cam = irnet.cam_of_image(net, image, tags, (1.0,), 8, torch.device("cpu"))
@@ -701,7 +701,7 @@ def trained(tmp_path_factory):
     run, train_set = Run(args), load(args, "train")
     for s in samples: save_label(run.path("relations", s.name), s.mask)
     torch.manual_seed(0)
-    classifier = irnet.Classifier(irnet.classifier_backbone(args), 8, cut=False).eval()
+    classifier = irnet.CamNet(irnet.classifier_backbone(args), 8, cut=False).eval()
     net = irnet.train_irnet(args, run, classifier, train_set)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return types.SimpleNamespace(net=net, samples=samples, lines=lines)
