@@ -1146,13 +1146,20 @@ def write_walk(args, run, net, train_set):
                 save_label(run.path("walk_crf", s.name), crf.argmax(0))
 
 
+def walk_start(args, sample, cam):
+    """Table 3.4's Baseline: CAM (K,H,W) inside its class's boxes, background 1 outside.   -> (K+1,H,W)"""
+    allowed = np.full(cam.shape, args.supervision != "box")
+    if args.supervision == "box":
+        for box in sample.boxes:
+            c, rows, columns = pixel_box(box, *cam.shape[1:])
+            allowed[c - 1, rows, columns] = True
+    return with_background(cam * allowed, args.walk_bg)
+
+
 def walk_image(args, net, sample, cam, device):
     """Random walk of one image's CAM (K,H,W) -> probabilities (K+1,H,W)."""
-    allowed, s = np.full(cam.shape, args.supervision != "box"), args.stride
-    for box in getattr(sample, "boxes", ()):
-        c, rows, columns = pixel_box(box, *cam.shape[1:])
-        allowed[c - 1, rows, columns] = True
-    score = with_background(cam * allowed, args.walk_bg)[:, ::s, ::s]  # outside all boxes: 1 and 0
+    s = args.stride
+    score = walk_start(args, sample, cam)[:, ::s, ::s]
     graph = image_to_graph(net, sample.image, s, "pixel", "affinity", device)
     pairs = Pairs([graph], args.aff_radius, euclidean=True)
     affinity = eq3_8_affinity(pairs.distance()) ** args.walk_beta * pairs.near
@@ -1410,7 +1417,10 @@ def evaluate_labels(args, run, split):
     result("seed", M_F, ["seeds"], crf=True, precision=M_F.precision(), coverage=M_F.coverage(),
            miou_confident=M_g.miou(), precision_confident=M_g.precision(), coverage_confident=M_g.coverage(),
            miou_crf_control=control.miou())
-    result("walk", written("walk"), ["affinity", "walk"], crf=False, miou_crf=written("walk_crf").miou())
+    start = confusion_of(truth, lambda s: walk_start(
+        args, s, read_cam(run, s.name, len(truth.classes))).argmax(0))
+    result("walk", written("walk"), ["affinity", "walk"], crf=False, miou_crf=written("walk_crf").miou(),
+           miou_start=start.miou())
     result("pseudo", written("pseudo"), ["pseudo"], crf=True, miou_no_crf=written("pseudo_raw").miou())
 
 
