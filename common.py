@@ -1220,12 +1220,9 @@ def mean_field(images, probs, crf, device="cpu"):
     place, image = pixel_features(sizes, crf.bi_xy, device)
     bilateral = PermutohedralLattice(torch.cat([place, colour / crf.bi_rgb], dim=1), image).normalise()
     kernels = [(crf.gauss_w, position_lattice(sizes, crf.gauss_xy, device)), (crf.bi_w, bilateral)]
-    Q = softmax_(log_p.clone())
-    for _ in range(crf.steps):
-        logits = log_p.clone()
-        for weight, kernel in kernels:
-            logits.add_(kernel.filter(Q.flatten(1)).view_as(Q), alpha=weight)           # Potts
-        Q = softmax_(logits)
+    Q = iterate(log_p, kernels, crf.steps, softmax_ if log_p.device.type == "cpu" else stable_softmax)
+    if not Q.sum().isfinite():                                  # large weights: e^88 is the last in float32
+        Q = iterate(log_p, kernels, crf.steps, stable_softmax)
     parts = Q.split([H * W for H, W in sizes])
     return [part[..., :prob.shape[1]].permute(1, 2, 0).reshape(prob.shape).cpu().numpy()
             for part, prob in zip(parts, probs)]
@@ -1237,12 +1234,25 @@ def position_lattice(sizes, sigma_xy, device):
     return PermutohedralLattice(*pixel_features(sizes, sigma_xy, device)).normalise()
 
 
+def iterate(log_p, kernels, steps, softmax):
+    """Mean field iterations from softmax(log p).   log_p (N,U,C); kernels: (weight, lattice) -> (N,U,C)"""
+    Q = softmax(log_p.clone())
+    for _ in range(steps):
+        logits = log_p.clone()
+        for weight, kernel in kernels:
+            logits.add_(kernel.filter(Q.flatten(1)).view_as(Q), alpha=weight)           # Potts
+        Q = softmax(logits)
+    return Q
+
+
 def softmax_(x):
-    """Softmax over the last axis, in place. On CPUs torch.softmax is several times slower for few classes."""
-    if x.is_cuda or x.amax() > 80:                              # e^88 is the last in float32
-        return torch.softmax(x, dim=-1)
+    """Softmax over the last axis, in place and without a shift: on CPUs several times faster for few classes."""
     x.exp_()
     return x.div_(x @ x.new_ones(x.shape[-1], 1))
+
+
+def stable_softmax(x):
+    return torch.softmax(x, dim=-1)
 
 
 def label_probs(label, classes, gt_prob=0.7):
