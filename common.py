@@ -1246,7 +1246,7 @@ def iterate(log_p, kernels, steps, softmax):
 
 
 def softmax_(x):
-    """Softmax over the last axis, in place and without a shift: on CPUs several times faster for few classes."""
+    """Softmax over the last axis, in place and without a shift: several times faster on a CPU."""
     x.exp_()
     return x.div_(x @ x.new_ones(x.shape[-1], 1))
 
