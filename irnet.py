@@ -43,7 +43,7 @@ Departures   [D1] second level of the displacement branch: 128 channels (authors
              [D16] Eqs. 5, 6, 8, 9 as printed; the authors halve L^B and divide the others by four
                   (--authors-weights). log(a + 1e-5) instead of log a keeps Eq. 8 finite
              [D17] IRNet sees pictures padded to its crop size, as in the authors' code, and to whole cells
-             [D18] preset shapes: momentum, and factor 0.2 in place of 10 for the displacement branch, picked by
+             [D18] preset shapes: momentum, and factor 0.2 in place of 10 for displacements, picked by
                   the losses of short trials; the preset's accuracy is not yet measured
 """
 
