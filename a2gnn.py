@@ -278,7 +278,7 @@ class Args:
 SHAPES = dict(
     backbone="tiny", cam_backbone="tiny", weights="none", stride=4, cam_stride=8, seg_stride=4,
     cam_steps=1200, cam_warmup=900, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
-    er_scale=0.6, aff_steps=120, aff_batch=8, walk_steps=16, hidden=64, epochs=(25, 25),
+    er_scale=0.6, aff_steps=120, aff_batch=8, walk_steps=16, hidden=64,
     seg_steps=4000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rates=(3, 6, 9, 12),
     seg_rescale=(0.75, 1.25), test_scales=(0.75, 1.0, 1.25))
 # A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
@@ -286,7 +286,7 @@ SHAPES = dict(
 PHOTOS = dict(
     cam_backbone="same", train_list="train", stride=16, cam_stride=16, seg_stride=16,
     cam_steps=330, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
-    aff_steps=520, aff_lr=0.05, walk_steps=16, hidden=64, epochs=(25, 25),
+    aff_steps=790, walk_steps=16, hidden=64,                                # 12 epochs, as in the paper
     seg_steps=1000, seg_batch=8, seg_lr=5e-4, seg_crop=257, seg_rates=(3, 6, 9, 12),
     test_scales=(0.75, 1.0, 1.25))
 
