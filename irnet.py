@@ -47,6 +47,7 @@ Departures   [D1] second level of the displacement branch: 128 channels (authors
                   the losses of short trials; the preset's accuracy is not yet measured
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -441,21 +442,21 @@ def masked_mean(value, mask):
 
 
 def pair_differences(D, offsets):
-    """δ(i,j) = D(x_i) − D(x_j) and δ̂(i,j) = x_j − x_i of all pairs.   D (B,2,h,w) -> (B,P,2), (P,2)"""
-    ends = [shifted(D.permute(0, 2, 3, 1), *offset) for offset in offsets]
+    """δ(i,j) = D(x_i) − D(x_j) and δ̂(i,j) = x_j − x_i of all pairs.   D (B,2,h,w) -> (B,2,P), (2,P)"""
+    ends = [shifted(D.flatten(0, 1), *offset) for offset in offsets]
     counts = torch.tensor([a.shape[1] * a.shape[2] for a, _ in ends], device=D.device)
-    apart = torch.tensor(offsets, dtype=D.dtype, device=D.device).repeat_interleave(counts, dim=0)
-    return torch.cat([(a - b).flatten(1, 2) for a, b in ends], dim=1), apart
+    apart = torch.tensor(offsets, dtype=D.dtype, device=D.device).T.repeat_interleave(counts, dim=1)
+    return torch.cat([(a - b).flatten(1) for a, b in ends], dim=1).unflatten(0, (-1, 2)), apart
 
 
 def eq5_displacement_fg(delta, apart, fg):
-    """Eq. (5): mean over P⁺_fg of |δ − δ̂|.   (B,P,2), (P,2), (B,P) bool"""
-    return masked_mean((delta - apart).abs().sum(-1), fg)
+    """Eq. (5): mean over P⁺_fg of |δ − δ̂|.   (B,2,P), (2,P), (B,P) bool"""
+    return masked_mean((delta - apart).abs().sum(1), fg)
 
 
 def eq6_displacement_bg(delta, bg):
-    """Eq. (6): mean over P⁺_bg of |δ|.   (B,P,2), (B,P) bool"""
-    return masked_mean(delta.abs().sum(-1), bg)
+    """Eq. (6): mean over P⁺_bg of |δ|.   (B,2,P), (B,P) bool"""
+    return masked_mean(delta.abs().sum(1), bg)
 
 
 def path_cells(dy, dx):
@@ -467,19 +468,18 @@ def path_cells(dy, dx):
 def eq7_affinity(B, offsets):
     """Eq. (7): a_ij = 1 − max_{k∈Π_ij} B(x_k).   B (B,h,w) -> (B,P)
 
-    The place of each maximum is found first, without gradient: memory is that of the pairs, not of the paths.
+    The cell of each maximum is found first, by ranks and without gradient: memory is that of the pairs, not
+    of the paths.
     """
     h, w = B.shape[1:]
-    index, places = torch.arange(h * w, device=B.device).expand(len(B), -1).view(-1, h, w), []
+    order = B.detach().flatten(1).argsort(dim=1)
+    rank = order.argsort(dim=1).int().view(-1, h, w)
+    highest = [rank[:, :0].flatten(1)]
     for dy, dx in offsets:
-        rows, columns = h - dy, w - abs(dx)
-        best, place = torch.full_like(B[:, :rows, :columns], -1).detach(), index[:, :rows, :columns]
-        for y, x in path_cells(dy, dx):
-            part = np.s_[:, y:y + rows, x + max(0, -dx):x + max(0, -dx) + columns]
-            place = torch.where(B.detach()[part] > best, index[part], place)
-            best = torch.maximum(B.detach()[part], best)
-        places.append(place.flatten(1))
-    return 1 - B.flatten(1).gather(1, torch.cat([index[:, :0].flatten(1), *places], dim=1))
+        rows, columns, left = h - dy, w - abs(dx), max(0, -dx)
+        parts = [rank[:, y:y + rows, x + left:x + left + columns] for y, x in path_cells(dy, dx)]
+        highest.append(functools.reduce(torch.maximum, parts).flatten(1))
+    return 1 - B.flatten(1).gather(1, order.gather(1, torch.cat(highest, dim=1).long()))
 
 
 def eq8_boundary(a, fg, bg, differ):
