@@ -43,8 +43,10 @@ Departures   [D1] second level of the displacement branch: 128 channels (authors
              [D16] Eqs. 5, 6, 8, 9 as printed; the authors halve L^B and divide the others by four
                   (--authors-weights). log(a + 1e-5) instead of log a keeps Eq. 8 finite
              [D17] IRNet sees pictures padded to its crop size, as in the authors' code, and to whole cells
-             [D18] preset shapes: momentum, and factor 0.2 in place of 10 for displacements, picked by
-                  the losses of short trials; the preset's accuracy is not yet measured
+             [D18] presets: IRNet learns with momentum 0.9 and rate 0.05 of both branches, in place of 0.1
+                  and ten times that without momentum: few steps of few images
+             [D19] preset shapes: t = 50, since the walk's reach grows with √t and the scenes' grid has about
+                  55 cells a side where VOC's has 125: 256 · (55/125)²
 """
 
 import functools
@@ -226,8 +228,8 @@ class Args:
 # the scenes' objects are less than half as large as VOC's.
 SHAPES = dict(
     backbone="tiny", weights="none", cam_stride=8, cam_steps=1200, cam_lr=0.05, cam_momentum=0.9,
-    cam_crop=96, cam_resize=(96, 128), irn_steps=300, irn_batch=4, irn_lr=0.05, irn_amplify=0.2,   # [D18]
-    irn_momentum=0.9, irn_crop=96, irn_rescale=(0.75, 1.25),
+    cam_crop=96, cam_resize=(96, 128), irn_steps=400, irn_batch=4, irn_lr=0.05, irn_amplify=1.0,   # [D18]
+    irn_momentum=0.9, irn_crop=96, irn_rescale=(0.75, 1.25), walk_steps=50,                        # [D19]
     seg_stride=4, seg_steps=4000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rates=(3, 6, 9, 12),
     seg_rescale=(0.75, 1.25), test_scales=(0.75, 1.0, 1.25),
     inst_steps=400, inst_batch=4, inst_warmup=100, inst_size=128,
@@ -235,7 +237,8 @@ SHAPES = dict(
 # A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
 PHOTOS = dict(
     train_list="train", cam_steps=330, cam_batch=8, cam_lr=0.02, cam_crop=320, cam_resize=(320, 512),
-    irn_steps=200, irn_batch=8, irn_crop=256, seg_stride=16, seg_steps=1000, seg_batch=8, seg_lr=5e-4,
+    irn_steps=400, irn_batch=4, irn_lr=0.05, irn_amplify=1.0, irn_momentum=0.9, irn_crop=224,      # [D18]
+    seg_stride=16, seg_steps=1000, seg_batch=8, seg_lr=5e-4,
     seg_crop=257, seg_rates=(3, 6, 9, 12), test_scales=(0.75, 1.0, 1.25), mask_rcnn=False)
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
