@@ -44,7 +44,8 @@ Departures   [D1] second level of the displacement branch: 128 channels (authors
                   (--authors-weights). log(a + 1e-5) instead of log a keeps Eq. 8 finite
              [D17] IRNet sees pictures padded to its crop size, as in the authors' code, and to whole cells
              [D18] presets: IRNet learns with momentum 0.9 and rate 0.05 of both branches, in place of 0.1
-                  and ten times that without momentum: few steps of few images
+                  and ten times that without momentum: few steps of few images. On 60 photographs D stayed
+                  constant: 240 steps on CAMs, 120 on true masks. So no instances are told apart there
              [D19] preset shapes: t = 50, since the walk's reach grows with √t and the scenes' grid has about
                   55 cells a side where VOC's has 125: 256 · (55/125)²
 """
