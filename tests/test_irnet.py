@@ -162,7 +162,7 @@ def test_eq5_is_zero_for_true_displacements_to_a_centroid():
     y, x = torch.meshgrid(torch.arange(6.0), torch.arange(7.0), indexing="ij")
     D, offsets = torch.stack([2.5 - y, 4 - x])[None], irnet.eq2_offsets(4, 6, 7)
     delta, apart = irnet.pair_differences(D, offsets)
-    every = torch.ones(delta.shape[:2], dtype=torch.bool)
+    every = torch.ones(delta[:, 0].shape, dtype=torch.bool)
     assert irnet.eq5_displacement_fg(delta, apart, every) < 1e-6 < irnet.eq6_displacement_bg(delta, every)
 
 
