@@ -85,7 +85,7 @@ def test_eq2_2_and_fig_2_2_the_mean_of_all_scales():
 
 
 def test_the_extra_scales_leave_batch_norm_alone():
-    net, image = network().train(), torch.randn(2, 3, 40, 40)
+    net, image = network(init="joint").train(), torch.randn(2, 3, 40, 40)
     _, feature = net.classification(image)
     before = [b.clone() for b in net.buffers()]
     net.classification.multi_scale_cam(image, feature, (0.5, 1.0), 4)
@@ -435,6 +435,15 @@ def test_bf16_features_give_float32_labels_and_losses():
     losses = rrm.joint_losses(arguments(), scores, F_m, label, rgb, valid, 8)
     sum(losses).backward()
     assert all(torch.isfinite(loss) and loss.dtype == torch.float32 for loss in losses)
+
+
+def test_after_a_classifier_batch_norm_is_kept():
+    for init, frozen in (("classifier", True), ("joint", False)):
+        net = network(init=init).train()
+        before = [b.clone() for b in net.buffers()]
+        net(torch.randn(2, 3, 40, 40), (0.5, 1.0))
+        assert all(torch.equal(a, b) for a, b in zip(before, net.buffers(), strict=True)) == frozen
+        assert any(p.requires_grad for m in net.classification.backbone.norms() for p in m.parameters()) != frozen
 
 
 def test_learning_rates_of_joint_training():
