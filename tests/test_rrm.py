@@ -443,11 +443,12 @@ def test_after_a_classifier_batch_norm_is_kept():
         before = [b.clone() for b in net.buffers()]
         net(torch.randn(2, 3, 40, 40), (0.5, 1.0))
         assert all(torch.equal(a, b) for a, b in zip(before, net.buffers(), strict=True)) == frozen
-        assert any(p.requires_grad for m in net.classification.backbone.norms() for p in m.parameters()) != frozen
+        norms = net.classification.backbone.norms()
+        assert all(p.requires_grad for norm in norms for p in norm.parameters()) != frozen
 
 
 def test_learning_rates_of_joint_training():
-    net = network()
+    net = network(init="joint")
     rates = {g["lr"]: len(g["params"]) for g in rrm.group_rates(net, [net.classification.classifier], 1.0, 0)}
     assert rates[10.0] == 1 and set(rates) == {1.0, 2.0, 10.0}
 
