@@ -244,7 +244,7 @@ SHAPES = dict(
     backbone="tiny", seg_backbone="tiny", weights="none", cam_stride=8, stride=4, seg_stride=4,
     cam_steps=4000, cam_batch=8, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
     local_dilation=6, local_width=64, attention_width=32, energy_xy=30, energy_pairs=28,    # [D17]
-    joint_steps=1000, joint_batch=4, joint_lr=1e-4, joint_momentum=0.9, heads_x10=True, joint_crop=96,
+    joint_steps=600, joint_batch=4, joint_lr=1e-4, joint_momentum=0.9, heads_x10=True, joint_crop=96,
     seg_steps=4000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rates=(3, 6, 9, 12), seg_rescale=(0.75, 1.25),
     seg_scales=(0.75, 1.0, 1.25))
 # A few hundred photographs with a small pretrained backbone on two CPU cores.
