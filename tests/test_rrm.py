@@ -472,7 +472,7 @@ def test_dilations_are_2_and_4_at_stride_8():
 
 def train_a_little(args, steps=14, n=4):
     """Joint training on labels as the mining would give them: some true pixels of n scenes."""
-    net, batch = network().train(), batch_of(n)
+    net, batch = network(init="joint").train(), batch_of(n)
     rng = torch.Generator().manual_seed(0)
     spots = F.max_pool2d((torch.rand(n, 1, 96, 96, generator=rng) < 0.002).float(), 9, 1, 4)[:, 0] > 0
     label = torch.where(spots & (batch.mask != 255), batch.mask, 255)
