@@ -187,8 +187,8 @@ class Args:
     joint_lr: float = 1e-3
     """§2.3.1; biases x2, classifier x10; poly 0.9"""
     joint_momentum: float = 0.0
-    """the paper names none, authors' code ran without [D10]; with 0.9 divide the rate by ten: at five times
-    the paper's rate, joint training destroys the CAM that it learns from"""
+    """the paper names none, authors' code ran without [D10]; with 0.9 divide the rate by ten: at more than
+    the paper's rate joint training spoiled the CAM that it learns from (shapes)"""
     heads_x10: bool = False
     """AAAI version: the segmentation branch learns x10 too [D9]"""
     weight_decay: float = 5e-4
