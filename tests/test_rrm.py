@@ -85,7 +85,7 @@ def test_eq2_2_and_fig_2_2_the_mean_of_all_scales():
 
 
 def test_the_extra_scales_leave_batch_norm_alone():
-    net, image = network().train(), torch.randn(2, 3, 40, 40)
+    net, image = network(init="joint").train(), torch.randn(2, 3, 40, 40)
     _, feature = net.classification(image)
     before = [b.clone() for b in net.buffers()]
     net.classification.multi_scale_cam(image, feature, (0.5, 1.0), 4)
@@ -437,8 +437,18 @@ def test_bf16_features_give_float32_labels_and_losses():
     assert all(torch.isfinite(loss) and loss.dtype == torch.float32 for loss in losses)
 
 
+def test_after_a_classifier_batch_norm_is_kept():
+    for init, frozen in (("classifier", True), ("joint", False)):
+        net = network(init=init).train()
+        before = [b.clone() for b in net.buffers()]
+        net(torch.randn(2, 3, 40, 40), (0.5, 1.0))
+        assert all(torch.equal(a, b) for a, b in zip(before, net.buffers(), strict=True)) == frozen
+        norms = net.classification.backbone.norms()
+        assert all(p.requires_grad for norm in norms for p in norm.parameters()) != frozen
+
+
 def test_learning_rates_of_joint_training():
-    net = network()
+    net = network(init="joint")
     rates = {g["lr"]: len(g["params"]) for g in rrm.group_rates(net, [net.classification.classifier], 1.0, 0)}
     assert rates[10.0] == 1 and set(rates) == {1.0, 2.0, 10.0}
 
@@ -462,7 +472,7 @@ def test_dilations_are_2_and_4_at_stride_8():
 
 def train_a_little(args, steps=14, n=4):
     """Joint training on labels as the mining would give them: some true pixels of n scenes."""
-    net, batch = network().train(), batch_of(n)
+    net, batch = network(init="joint").train(), batch_of(n)
     rng = torch.Generator().manual_seed(0)
     spots = F.max_pool2d((torch.rand(n, 1, 96, 96, generator=rng) < 0.002).float(), 9, 1, 4)[:, 0] > 0
     label = torch.where(spots & (batch.mask != 255), batch.mask, 255)
