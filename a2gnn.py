@@ -14,14 +14,14 @@ Equations    (3.1) eq3_1_cam_labels    (3.2) eq3_2_grabcut    (3.3) eq3_3_box_la
              (3.22) eq3_22_regularised    (3.23) eq3_23_25_points    (3.24) eq3_23_25_points
              (3.25) eq3_23_25_points    (3.26) eq3_26_multi_point    (3.27) eq3_27_prototypes
              (3.28) eq3_28_consistency
-             §3.2's SEAM (its reference 57) has no numbered equations in the thesis: SEAM, seam_loss
+             §3.2's SEAM (its reference 57) has no numbered equations in the thesis: SEAM, seam_loss;
+             nor have §3.4's pseudo instances: instances_in_boxes
 Figures      Fig. 3.2 (left to right) and Algorithm 2 (top to bottom) = main(); Fig. 3.4 = eq3_17_18_attention
-             §3.4's pseudo instances have no equation: instances_in_boxes
 Commands     python a2gnn.py                          # embedded shapes, some twenty minutes on two CPU cores
              python a2gnn.py --data voc --supervision box --root data/voc       # paper: 73.8 val with CRF
              python a2gnn.py --data voc --supervision full --root data/voc      # upper bound; paper: 76.8
              python a2gnn.py --data voc --root data/voc --segmenter pspnet      # Table 3.1; paper: 75.6
-             python a2gnn.py --data voc --root data/voc --task instance         # Table 3.2; paper: AP50 59.1
+             python a2gnn.py --data voc --root data/voc --task instance          # Table 3.2; paper: AP50 59.1
              python a2gnn.py --data coco --root data/coco --task instance        # Table 3.3; paper: AP 20.9
              python a2gnn.py --data voc --cam-backbone resnet38 --weights FILE.params  # paper's classifier
              python a2gnn.py --predict photos/ --checkpoint runs/a2gnn-voc-box-s0/segmenter.pt
@@ -1680,26 +1680,27 @@ def coco_aps(dataset, read):
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    truth, found = COCO(), COCO()
-    truth.dataset, found.dataset = ({"images": [], "annotations": [], "categories": [
-        {"id": k} for k in range(1, len(dataset.classes) + 1)]} for _ in range(2))
-    annotations = getattr(dataset.source, "annotations", None)
+    def table(annotations):
+        made = COCO()
+        made.dataset = {"images": images, "categories": categories,
+                        "annotations": [{**a, "id": k} for k, a in enumerate(annotations, 1)]}
+        made.createIndex()
+        return made
+
+    images, real, ours = [], [], []
+    categories = [{"id": k} for k in range(1, len(dataset.classes) + 1)]
+    own = getattr(dataset.source, "annotations", None)
     for i in range(len(dataset)):
         s = dataset[i]
         if not hasattr(s, "instances"):
             continue
-        real = annotations(s.name) if annotations else coco_annotations(s)
-        ours = [{"category_id": int(c), "score": float(score), "iscrowd": 0, "area": float(mask.sum()),
-                 "segmentation": rle.encode(np.asfortranarray(mask, np.uint8))}
-                for mask, c, score in zip(*read(s.name))]
-        for table, rows in ((truth.dataset, real), (found.dataset, ours)):
-            table["images"].append({"id": i, "height": s.image.shape[0], "width": s.image.shape[1]})
-            table["annotations"] += [{**row, "id": len(table["annotations"]) + k, "image_id": i}
-                                     for k, row in enumerate(rows, 1)]
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        found.createIndex()
-        score = COCOeval(truth, found, "segm")
+        images.append({"id": i, "height": s.image.shape[0], "width": s.image.shape[1]})
+        real += [{**a, "image_id": i} for a in (own(s.name) if own else coco_annotations(s))]
+        ours += [{"image_id": i, "category_id": int(c), "score": float(score), "iscrowd": 0,
+                  "area": float(mask.sum()), "segmentation": rle.encode(np.asfortranarray(mask, np.uint8))}
+                 for mask, c, score in zip(*read(s.name))]
+    with contextlib.redirect_stdout(io.StringIO()):  # it says much
+        score = COCOeval(table(real), table(ours), "segm")
         score.evaluate()
         score.accumulate()
         score.summarize()
