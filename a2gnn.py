@@ -58,7 +58,8 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
                   alone has no background; SLIC's settings are unreleased
              [D19] without pretrained weights the first --cam-warmup steps train the tags alone (0 by default)
              [D20] pseudo instances: a pixel in several boxes of its class goes to the smallest, a box without
-                  pixels teaches nothing; the detector's boxes are the given ones (paper silent)
+                  pixels teaches nothing; the detector's boxes are the given ones (paper silent). True ones,
+                  for the upper bound, have the pixels that no smaller object hides
              [D21] "CRF to refine our final prediction": of each instance against the rest, with the values of
                   the GNN's CRF; a mask that it would erase stays (paper silent)
              [D22] segmentation networks of Table 3.1: PSPNet runs on DeepLab's schedule; Tree-FCN (a compiled
@@ -1501,7 +1502,7 @@ class Objects(torch.utils.data.Dataset):
             boxes, masks = derive_boxes(objects), [mask for _, mask in objects]
         else:
             boxes, (masks, _, _) = s.boxes, read_instances(self.folder / f"{s.name}.npz")
-        boxes, number = boxes[:254], np.zeros(s.image.shape[:2], np.uint8)              # 255 is padding
+        boxes, number = boxes[:254], np.zeros(s.image.shape[:2], np.uint8)              # [D20] 255 is padding
         for k, mask in enumerate(masks[:254], 1):
             number[mask] = k
         rows = np.arange(1, len(boxes) + 1, dtype=np.float32)

@@ -56,6 +56,9 @@ def test_a_preset_moves_defaults_and_a_flag_wins():
     assert ask("--radius 5").radius == 5 and ask("--radius 5").lr == 0.2, "the paper's own value, by hand"
     assert ask("--data voc").root == "data/voc" and ask("--data voc --root x").root == "x"
     assert ask("--data voc --seed 3").out.endswith("-voc-box-s3") and ask("--out here").out == "here"
+    tasks = dataclasses.make_dataclass("Tasks", [("task", str, "semantic")], bases=(Args,))
+    outs = [parse_args(tasks, "text", {}, line.split()).out for line in ("", "--task instance")]
+    assert [out.split("-", 1)[1] for out in outs] == ["shapes-box-s0", "shapes-box-instance-s0"]
 
 
 @pytest.mark.parametrize("line", ["--data imagenet", "--preset large", "--no-such-flag 1", "--radius many"])
