@@ -1567,3 +1567,20 @@ def test_the_consistency_check_finds_wrong_seeds(trained, monkeypatch):
                 gone[right].append((left != seed)[which])
     right, wrong = (np.concatenate(gone[r]).mean() for r in (True, False))
     assert wrong > 0.15 and wrong > 2 * right, (wrong, right)
+
+
+def test_mask_rcnn_learns_from_pseudo_instances(tmp_path):
+    """Two scenes: after some steps it finds their objects' masks better than at the start."""
+    samples = shapes(2)
+    (tmp_path / "names.txt").write_text("".join(f"{s.name}\n" for s in samples))
+    args = arguments(task="instance", out=str(tmp_path), train_list=str(tmp_path / "names.txt"), workers=0,
+                     device="cpu", inst_steps=40, inst_batch=2, inst_warmup=5, inst_size=96, inst_width=16,
+                     inst_rois=16, log_every=1)
+    run = Run(args)
+    (tmp_path / "instances").mkdir()
+    for s in samples: written_instances(tmp_path / "instances", s)
+    a2gnn.train_detector(args, run, load(args, "train"))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for key in ("loss_mask", "loss_classifier", "loss_objectness"):
+        losses = [line[key] for line in lines]
+        assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5]), (key, losses)
