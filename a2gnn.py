@@ -14,13 +14,18 @@ Equations    (3.1) eq3_1_cam_labels    (3.2) eq3_2_grabcut    (3.3) eq3_3_box_la
              (3.22) eq3_22_regularised    (3.23) eq3_23_25_points    (3.24) eq3_23_25_points
              (3.25) eq3_23_25_points    (3.26) eq3_26_multi_point    (3.27) eq3_27_prototypes
              (3.28) eq3_28_consistency
-             §3.2's SEAM (its reference 57) has no numbered equations in the thesis: SEAM, seam_loss
+             §3.2's SEAM (its reference 57) has no numbered equations in the thesis: SEAM, seam_loss;
+             nor have §3.4's pseudo instances: instances_in_boxes
 Figures      Fig. 3.2 (left to right) and Algorithm 2 (top to bottom) = main(); Fig. 3.4 = eq3_17_18_attention
 Commands     python a2gnn.py                          # embedded shapes, some twenty minutes on two CPU cores
              python a2gnn.py --data voc --supervision box --root data/voc       # paper: 73.8 val with CRF
              python a2gnn.py --data voc --supervision full --root data/voc      # upper bound; paper: 76.8
+             python a2gnn.py --data voc --root data/voc --segmenter pspnet      # Table 3.1; paper: 75.6
+             python a2gnn.py --data voc --root data/voc --task instance          # Table 3.2; paper: AP50 59.1
+             python a2gnn.py --data coco --root data/coco --task instance        # Table 3.3; paper: AP 20.9
              python a2gnn.py --data voc --cam-backbone resnet38 --weights FILE.params  # paper's classifier
              python a2gnn.py --predict photos/ --checkpoint runs/a2gnn-voc-box-s0/segmenter.pt
+             python a2gnn.py --predict photos/ --checkpoint runs/a2gnn-voc-box-instance-s0/detector.pt
 Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 has weights only for MXNet
              [D2] segmentation network: from ImageNet and trained at one scale a step; the paper's 73.8 starts
                   from a COCO-segmentation checkpoint
@@ -43,15 +48,26 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
              [D12] random walk of Table 3.4: starts from the CAM inside its class's boxes, background outside
              [D13] odd kernels centre feature cell i on pixel stride·i: so CAM, walk and GNN are enlarged (the
                   authors' bilinear is half a cell off); taps and logits by torch's bilinear
-             [D14] without pretrained weights the first --cam-warmup steps train the tags alone (0 by default)
+             [D14] Mask R-CNN is torchvision's with FPN; pictures are squares of one size; paper silent on
+                  its schedule: Detectron's, as many epochs of VOC as its 1x has of COCO
              [D15] node features are cut at 0 (no change for ResNets): MobileNetV2's blocks end without ReLU
              [D16] misprints: Eq. 3.13 squares its norms; Eq. 3.22 means c_i ≠ c_j (else it is constant);
                   Eq. 3.28's d is a cosine, and labels other than the box's class stay (authors' code)
              [D17] SEAM's code also has a background channel in L_ECR and a min-pooling term in L_cls
              [D18] points: §3.6.1's "same setting with the scribble task" is read as the merge with M'_I: M_P
                   alone has no background; SLIC's settings are unreleased
+             [D19] without pretrained weights the first --cam-warmup steps train the tags alone (0 by default)
+             [D20] pseudo instances: a pixel in several boxes of its class goes to the smallest, a box without
+                  pixels teaches nothing; the detector's boxes are the given ones (paper silent). True ones,
+                  for the upper bound, have the pixels that no smaller object hides
+             [D21] "CRF to refine our final prediction": of each instance against the rest, with the values of
+                  the GNN's CRF; a mask that it would erase stays (paper silent)
+             [D22] segmentation networks of Table 3.1: PSPNet runs on DeepLab's schedule; Tree-FCN (a compiled
+                  tree filter), saliency maps and Res2Net are left out
 """
 
+import contextlib
+import io
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,20 +82,22 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (
-    ASPP, CRF, ConfusionMatrix, DeepLab, Run, UserError, contact_sheet, dense_crf, label_probs,
+    ASPP, CRF, ConfusionMatrix, DeepLab, PSPNet, Run, UserError, contact_sheet, dense_crf, label_probs,
     make_backbone, overlay, parse_args, poly, rank, read_state, reduce, save_image, save_label, save_npz,
     shard, start_processes, world)
 from data import (
-    Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_image, read_label, rescale,
-    resize_long, with_labels)
+    Draws, Sample, changed, coco_annotations, color_jitter, crop, derive_boxes, flip, load, normalise,
+    objects_of, read_image, read_label, rescale, resize_long, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass
 class Args:
     # --- task ---
-    data: Literal["shapes", "voc", "workpiece"] = "shapes"
+    data: Literal["shapes", "voc", "coco", "workpiece"] = "shapes"
     """data set of data.py; shapes is drawn on the fly, workpiece is any folder of your own"""
+    task: Literal["semantic", "instance"] = "semantic"
+    """last network: one of segmentation, or Mask R-CNN (Tables 3.2 and 3.3; needs boxes)"""
     supervision: Literal["box", "scribble", "point", "image", "full"] = "box"
     """what the training set may reveal; full = the same segmentation network on ground truth (upper bound)"""
     backbone: Literal[
@@ -129,7 +147,7 @@ class Args:
     cam_steps: int = 10_580
     """8 epochs of 10,582 images at batch 8"""
     cam_warmup: int = 0
-    """first steps with L_cls alone, for networks that start from nothing [D14]"""
+    """first steps with L_cls alone, for networks that start from nothing [D19]"""
     cam_batch: int = 8
     """images a step, over all processes"""
     cam_lr: float = 0.01
@@ -250,8 +268,12 @@ class Args:
     gnn_crf: CRF = CRF(2, 3, 50, 5, 10, 10)
     """CRF on the probabilities of GNN and random walk (authors' code)"""
     # --- 5 segmentation network (§3.4) ---
+    segmenter: Literal["deeplab", "pspnet"] = "deeplab"
+    """Table 3.1 [D22]; PSPNet's own recipe: --seg-lr 0.01 --seg-batch 16 --seg-crop 473 --seg-steps 30000"""
+    seg_auxiliary: float = 0.4
+    """weight of PSPNet's auxiliary loss (its paper)"""
     train_on: Literal["pseudo", "pseudo_raw", "walk", "walk_crf", "seeds_F"] = "pseudo"
-    """labels of the segmentation network: A²GNN with or without CRF, random walk, or plain box seeds M_F"""
+    """labels of the last network: A²GNN with or without CRF, random walk, or plain box seeds M_F"""
     seg_steps: int = 20_000
     """DeepLab-v2's public PyTorch recipe"""
     seg_batch: int = 10
@@ -272,6 +294,25 @@ class Args:
     """each with its mirror image"""
     seg_crf: CRF = CRF(1, 3, 67, 3, 4, 10)
     """DeepLab-v2's"""
+    # --- 6 Mask R-CNN (--task instance; Detectron's defaults) ---
+    inst_steps: int = 8000
+    """12 epochs of 10,582 images at batch 16 [D14]; for COCO, Detectron's 1x is 90,000"""
+    inst_batch: int = 16
+    """images a step, over all processes"""
+    inst_lr: float = 0.02
+    """divided by 10 after 2/3 and 8/9 of the steps; momentum 0.9"""
+    inst_weight_decay: float = 1e-4
+    """Detectron's"""
+    inst_warmup: int = 500
+    """steps in which the rate rises from a third"""
+    inst_size: int = 1066
+    """longer side of a picture: VOC's 500 x 375 at Detectron's shorter side of 800"""
+    inst_width: int = 256
+    """channels of pyramid and mask head; the box head has four times as many"""
+    inst_rois: int = 512
+    """boxes that an image's losses are taken of"""
+    inst_crf: CRF = CRF(2, 3, 50, 5, 10, 10)
+    """CRF on the final masks [D21]"""
 
 
 # What two CPU cores do in minutes; everything else as the paper.
@@ -280,7 +321,8 @@ SHAPES = dict(
     cam_steps=1200, cam_warmup=900, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
     er_scale=0.6, aff_steps=120, aff_batch=8, walk_steps=16, hidden=64,
     seg_steps=4000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rates=(3, 6, 9, 12),
-    seg_rescale=(0.75, 1.25), test_scales=(0.75, 1.0, 1.25))
+    seg_rescale=(0.75, 1.25), test_scales=(0.75, 1.0, 1.25),
+    inst_steps=400, inst_batch=4, inst_warmup=100, inst_size=128, inst_width=64, inst_rois=64)
 # A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
 # (On grids coarser than the paper's the walk takes fewer steps: its reach grows with their square root.)
 PHOTOS = dict(
@@ -288,7 +330,9 @@ PHOTOS = dict(
     cam_steps=330, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
     aff_steps=790, walk_steps=16, hidden=64,                                # 12 epochs, as in the paper
     seg_steps=1000, seg_batch=8, seg_lr=5e-4, seg_crop=257, seg_rates=(3, 6, 9, 12),
-    test_scales=(0.75, 1.0, 1.25))
+    test_scales=(0.75, 1.0, 1.25),
+    inst_steps=1000, inst_batch=4, inst_lr=0.005, inst_warmup=100, inst_size=320, inst_width=128,
+    inst_rois=128)
 
 # Folders of the seeds in the run.
 SEEDS = {"M_g": "seeds", "M_F": "seeds_F"}
@@ -304,8 +348,9 @@ FIELDS = {stage: names.split() for stage, names in {
     "pseudo": "gnn nodes edges radius attention_only edge_only hidden layers beta sigma epochs gnn_lr "
               "gnn_weight_decay dropout reg w_reg reg_radius mp_loss mp_feature consistency "
               "consistency_cosine consistency_in_place balanced_ce walk_share",
-    "segmenter": "backbone train_on seg_steps seg_batch seg_lr seg_crop seg_rescale seg_stride "
-                 "seg_rates",
+    "segmenter": "backbone train_on segmenter seg_auxiliary seg_steps seg_batch seg_lr seg_crop seg_rescale "
+                 "seg_stride seg_rates",
+    "detector": "inst_steps inst_batch inst_lr inst_weight_decay inst_warmup inst_size inst_width inst_rois",
 }.items()}
 
 
@@ -1009,7 +1054,7 @@ def train_classifier(args, run, train_set):
         with run.autocast():
             full, reduced = ddp(batch.image, small)
         loss_cls, loss_er, loss_ecr = seam_loss(full, reduced, batch.tags, args.ecr_top)
-        loss = loss_cls + (step >= args.cam_warmup) * (loss_er + loss_ecr)              # [D14]
+        loss = loss_cls + (step >= args.cam_warmup) * (loss_er + loss_ecr)              # [D19]
         optim.zero_grad()
         loss.backward()
         optim.step()
@@ -1323,22 +1368,31 @@ def write_pseudo(args, run, net, train_set):
                 save_label(run.path("pseudo", name), own[crf.argmax(0)])
 
 
-def make_segmenter(backbone, weights, stride, rates, classes):
+def make_network(kind, backbone, weights, stride, rates, classes):
+    """The segmentation networks of Table 3.1.   [D2] [D22]"""
     net = make_backbone(backbone, weights_of(backbone, weights), stride, pretrained(backbone, weights))
-    return DeepLab(net, ASPP(net.channels[-1], classes + 1, rates))                            # [D2]
+    if kind == "pspnet":
+        return PSPNet(net, classes + 1)
+    return DeepLab(net, ASPP(net.channels[-1], classes + 1, rates))
 
 
 def train_segmenter(args, run, train_set):
-    """DeepLab-v2 on the pseudo labels, or on ground truth with --supervision full."""
+    """DeepLab-v2 or PSPNet on the pseudo labels, or on ground truth with --supervision full."""
     def augment(sample, rng):
         sample = rescale(sample, rng.uniform(*args.seg_rescale))
         sample = flip(sample) if rng.random() < 0.5 else sample
         return normalise(crop(sample, args.seg_crop, rng))
 
+    def entropy(logits, label):
+        logits = resample(logits.float(), label.shape[-2:])
+        return masked_mean(F.cross_entropy(logits, label, ignore_index=255, reduction="none"), label != 255)
+
     run.reseed("segmenter")
-    net = make_segmenter(args.backbone, args.weights, args.seg_stride, args.seg_rates, len(train_set.classes))
+    net = make_network(args.segmenter, args.backbone, args.weights, args.seg_stride, args.seg_rates,
+                       len(train_set.classes))
     ddp = run.place(net).train()
-    new_layers = [net.head] if pretrained(args.backbone, args.weights) else []
+    new_layers = [part for name, part in net.named_children() if name != "backbone"]
+    new_layers = new_layers if pretrained(args.backbone, args.weights) else []
     optim = torch.optim.SGD(group_rates(net, new_layers, args.seg_lr, args.weight_decay),
                             lr=args.seg_lr, momentum=0.9)
     full = args.supervision == "full"
@@ -1348,13 +1402,185 @@ def train_segmenter(args, run, train_set):
         label = batch.mask if full else batch.pseudo
         with run.autocast():
             logits = ddp(batch.image)
-        logits = resample(logits.float(), label.shape[-2:])
-        loss = masked_mean(F.cross_entropy(logits, label, ignore_index=255, reduction="none"), label != 255)
+        if args.segmenter == "pspnet":
+            loss = entropy(logits[0], label) + args.seg_auxiliary * entropy(logits[1], label)
+        else:
+            loss = entropy(logits, label)
         optim.zero_grad()
         loss.backward()
         optim.step()
         run.log(step, loss=loss, known=(label != 255).float().mean(), background=(label == 0).float().mean())
     return net.eval()
+
+
+# ── Instances (§3.4): pseudo masks and Mask R-CNN ───────────────────────────────────────────────────────────
+def instances_in_boxes(label, boxes):
+    """§3.4: the pixels in a box that have its class are its instance; in several boxes, the smallest's.
+
+    [D20]   label (H,W), boxes (M,5) -> (M,H,W) bool, box by box
+    """
+    owner, places = np.full(label.shape, -1), [pixel_box(box, *label.shape) for box in boxes]
+    for k in np.argsort([-owner[rows, columns].size for _, rows, columns in places], kind="stable"):
+        c, rows, columns = places[k]
+        owner[rows, columns][label[rows, columns] == c] = k
+    return owner == np.arange(len(boxes))[:, None, None]
+
+
+def write_pseudo_instances(args, run, train_set):
+    """Boxes and the labels of --train-on -> instances.   Writes instances/*.npz, in the order of the boxes"""
+    with run.timed("pseudo_instance"):
+        for (name,) in run.todo(train_set.names, "instances"):
+            boxes = train_set[train_set.index(name)].boxes
+            masks = instances_in_boxes(read_label(run.path(args.train_on, name), train_set.classes), boxes)
+            save_instances(run.path("instances", name, ".npz"), masks, boxes[:, 0].astype(int),
+                           masks.any((1, 2)).astype(float))
+
+
+def save_instances(path, masks, classes, scores):
+    """masks (M,H,W) bool, classes (M,) from 1, scores (M,)"""
+    save_npz(path, masks=masks, classes=classes, scores=scores)
+
+
+def read_instances(path):
+    with np.load(path) as file:
+        return file["masks"], file["classes"], file["scores"]
+
+
+class Pyramid(nn.Module):
+    """Feature pyramid over all taps of a backbone.   (B,3,H,W) -> {"0": (B,width,h,w), …, "pool": …}"""
+
+    def __init__(self, backbone, width):
+        from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+
+        super().__init__()
+        self.backbone, self.out_channels = backbone, width
+        self.fpn = FeaturePyramidNetwork(backbone.channels, width, LastLevelMaxPool())
+
+    def forward(self, image):
+        return self.fpn({str(i): tap for i, tap in enumerate(self.backbone(image))})
+
+
+def make_detector(backbone, weights, size, width, rois, classes):
+    """Mask R-CNN of torchvision with FPN. [D14]   size: longer side that pictures are brought to"""
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+
+    stride = 16 if backbone in ("tiny", "vgg16") else 32                                # as it is by nature
+    start = pretrained(backbone, weights)
+    net = make_backbone(backbone, weights_of(backbone, weights), stride, start)
+    if start:
+        net.blocks[0].requires_grad_(False)  # as Detectron: FREEZE_AT 2
+    sides = tuple((8 * s,) for s in (*net.strides, 2 * net.strides[-1]))  # ResNets: 32 … 512, as Detectron
+    return MaskRCNN(
+        Pyramid(net, width), min_size=size, max_size=size, image_mean=[0, 0, 0], image_std=[1, 1, 1],
+        rpn_anchor_generator=AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * len(sides)),
+        box_head=TwoMLPHead(49 * width, 4 * width), box_predictor=FastRCNNPredictor(4 * width, classes + 1),
+        mask_head=MaskRCNNHeads(width, (width,) * 4, 1),
+        mask_predictor=MaskRCNNPredictor(width, width, classes + 1), box_batch_size_per_image=rois)
+
+
+class Objects(torch.utils.data.Dataset):
+    """A data set's objects: boxes (M,5) whose first column counts from 1, the same numbers in `instances`
+    (H,W), their classes (M,).
+
+    folder: what write_pseudo_instances wrote, beside the given boxes; None: ground truth, where a picture
+    without instance masks (SBD's) has one of each connected region.
+    """
+
+    def __init__(self, dataset, folder=None):
+        self.dataset, self.folder = dataset, folder
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        s = self.dataset[i]
+        if self.folder is None:
+            objects = objects_of(s.mask, getattr(s, "instances", None))
+            boxes, masks = derive_boxes(objects), [mask for _, mask in objects]
+        else:
+            boxes, (masks, _, _) = s.boxes, read_instances(self.folder / f"{s.name}.npz")
+        boxes, number = boxes[:254], np.zeros(s.image.shape[:2], np.uint8)              # [D20] 255 is padding
+        for k, mask in enumerate(masks[:254], 1):
+            number[mask] = k
+        rows = np.arange(1, len(boxes) + 1, dtype=np.float32)
+        return Sample(name=s.name, image=s.image, tags=s.tags, instances=number,
+                      boxes=np.column_stack([rows, boxes[:, 1:]]), classes=torch.tensor(boxes[:, 0]).long())
+
+
+def detector_targets(batch):
+    """What torchvision's detector learns from; an object without a pixel is left out.   batch of Objects
+    -> list of {boxes (M,4), labels (M,), masks (M,H,W) uint8}"""
+    targets = []
+    for boxes, number, classes in zip(batch.boxes, batch.instances, batch.classes):
+        masks = number == boxes[:, :1, None]
+        kept = masks.flatten(1).any(1)
+        targets.append({"boxes": boxes[kept, 1:], "labels": classes[boxes[kept, 0].long() - 1],
+                        "masks": masks[kept].byte()})
+    return targets
+
+
+def detector_schedule(steps, warmup):
+    """Detectron's: up from a third, then a tenth after 2/3 and a hundredth after 8/9 of the steps."""
+    def factor(step):
+        rise = min(1, 1 / 3 + 2 / 3 * step / max(1, warmup))
+        return rise * 0.1 ** ((step >= steps * 2 / 3) + (step >= steps * 8 / 9))
+    return factor
+
+
+def train_detector(args, run, train_set):
+    """Mask R-CNN on the pseudo instances, or on ground truth with --supervision full."""
+    def augment(sample, rng):
+        sample = flip(sample) if rng.random() < 0.5 else sample
+        return normalise(crop(resize_long(sample, args.inst_size), args.inst_size, rng))
+
+    run.reseed("detector")
+    net = make_detector(args.backbone, args.weights, args.inst_size, args.inst_width, args.inst_rois,
+                        len(train_set.classes))
+    ddp = run.place(net).train()
+    optim = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=args.inst_lr, momentum=0.9,
+                            weight_decay=args.inst_weight_decay)
+    draws = Draws(Objects(train_set, None if args.supervision == "full" else run.dir / "instances"), augment,
+                  args.seed)
+    schedule = detector_schedule(args.inst_steps, args.inst_warmup)
+    for step, batch in run.steps("detector", draws, args.inst_steps, args.inst_batch, net, optim, schedule):
+        targets = detector_targets(batch)
+        losses = ddp(list(batch.image), targets)  # without autocast: its losses are inside
+        optim.zero_grad()
+        sum(losses.values()).backward()
+        optim.step()
+        run.log(step, objects=sum(len(t["labels"]) for t in targets) / len(targets), **losses)
+    return net.eval()
+
+
+@torch.no_grad()
+def predict_instances(net, image, device):
+    """image (H,W,3) uint8 -> soft masks (M,H,W) in [0,1], classes (M,) from 1, scores (M,), best first"""
+    found = net([normalise(Sample(image=image)).image.to(device)])[0]
+    return found["masks"][:, 0].cpu().numpy(), found["labels"].cpu().numpy(), found["scores"].cpu().numpy()
+
+
+def refine_instances(image, soft, crf, backend, device):
+    """§3.4: dense CRF of each instance against the rest.   [D21] (M,H,W) in [0,1] -> (M,H,W) bool"""
+    masks = soft > 0.5
+    if not len(soft):
+        return masks
+    refined = dense_crf([image], [np.stack([1 - soft, soft], axis=1)], crf, backend, device=device)[0]
+    refined = refined.argmax(1) > 0
+    return np.where(refined.any((1, 2), keepdims=True), refined, masks)
+
+
+def write_detections(args, run, net, val_set):
+    """Mask R-CNN's instances without and with CRF.   Writes val_instance/*.npz, val_instance_crf/*.npz"""
+    with run.timed("val_instance"):
+        for (name,) in run.todo(val_set.names, "val_instance_crf"):
+            image = val_set[val_set.index(name)].image
+            soft, classes, scores = predict_instances(net, image, run.device)
+            refined = refine_instances(image, soft, args.inst_crf, args.crf, run.device)
+            save_instances(run.path("val_instance", name, ".npz"), soft > 0.5, classes, scores)
+            save_instances(run.path("val_instance_crf", name, ".npz"), refined, classes, scores)
 
 
 # ── Evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -1391,6 +1617,98 @@ def confusion_of(dataset, label_of):
     return confusion.reduce()
 
 
+def mask_ious(masks, truths):
+    """(P,H,W), (G,H,W) bool -> (P,G)"""
+    a, b = (m.reshape(len(m), m.shape[1] * m.shape[2]).astype(np.float32) for m in (masks, truths))
+    common = a @ b.T
+    return common / np.maximum(a.sum(1)[:, None] + b.sum(1) - common, 1)
+
+
+def match(ious, threshold):
+    """Which predictions hit: those whose best object has IoU ≥ threshold and was not hit by a better one.
+
+    ious (P,G) of one class in one image, predictions in falling order of score -> (P,) bool
+    """
+    hits, taken = np.zeros(len(ious), bool), set()
+    for p, row in enumerate(ious if ious.shape[1] else ()):
+        g = row.argmax()
+        if row[g] >= threshold and g not in taken:
+            hits[p] = True
+            taken.add(g)
+    return hits
+
+
+def area_under_curve(scores, hits, objects):
+    """VOC's average precision: area under precision over recall, precision made to fall.   -> in [0,1]"""
+    hits = np.asarray(hits, bool)[np.argsort(-np.asarray(scores), kind="stable")]
+    true = np.cumsum(hits)
+    precision = true / np.arange(1, len(hits) + 1)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(envelope[hits].sum() / objects)  # recall rises by 1/objects at each hit
+
+
+def instance_aps(dataset, read, thresholds=(0.5, 0.7, 0.75)):
+    """AP^r: mean over the classes that have objects, percent.   read(name) -> masks, classes, scores
+    -> {ap50: …, ap70: …, ap75: …}, number of images, those without instance masks left out"""
+    objects = dict.fromkeys(range(1, len(dataset.classes) + 1), 0)
+    found = {(c, t): ([], []) for c in objects for t in thresholds}                     # scores, hits
+    images = 0
+    for i in range(len(dataset)):
+        s = dataset[i]
+        if not hasattr(s, "instances"):
+            continue
+        images, truth, (masks, classes, scores) = images + 1, objects_of(s.mask, s.instances), read(s.name)
+        for c in {*classes.tolist(), *(c for c, _ in truth)}:
+            own = np.flatnonzero(classes == c)
+            own = own[np.argsort(-scores[own], kind="stable")]
+            real = np.array([mask for k, mask in truth if k == c], bool).reshape(-1, *s.mask.shape)
+            objects[c] += len(real)
+            ious = mask_ious(masks[own], real)
+            for t in thresholds:
+                found[c, t][0].extend(scores[own].tolist())
+                found[c, t][1].extend(match(ious, t).tolist())
+    present = [c for c, count in objects.items() if count]
+    aps = {t: [area_under_curve(*found[c, t], objects[c]) for c in present] for t in thresholds}
+    return {f"ap{100 * t:.0f}": 100 * float(np.mean(aps[t])) if present else None for t in thresholds}, images
+
+
+def coco_aps(dataset, read):
+    """COCO's AP over IoU 0.5 … 0.95, at 0.5 and 0.75, and of small, medium and large objects; percent.
+
+    read as for instance_aps. --data coco is scored on its file's own annotations, with crowds and overlaps.
+    """
+    from pycocotools import mask as rle
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def table(annotations):
+        made = COCO()
+        made.dataset = {"images": images, "categories": categories,
+                        "annotations": [{**a, "id": k} for k, a in enumerate(annotations, 1)]}
+        made.createIndex()
+        return made
+
+    images, real, ours = [], [], []
+    categories = [{"id": k} for k in range(1, len(dataset.classes) + 1)]
+    own = getattr(dataset.source, "annotations", None)
+    for i in range(len(dataset)):
+        s = dataset[i]
+        if not hasattr(s, "instances"):
+            continue
+        images.append({"id": i, "height": s.image.shape[0], "width": s.image.shape[1]})
+        real += [{**a, "image_id": i} for a in (own(s.name) if own else coco_annotations(s))]
+        ours += [{"image_id": i, "category_id": int(c), "score": float(score), "iscrowd": 0,
+                  "area": float(mask.sum()), "segmentation": rle.encode(np.asfortranarray(mask, np.uint8))}
+                 for mask, c, score in zip(*read(s.name))]
+    with contextlib.redirect_stdout(io.StringIO()):  # it says much
+        score = COCOeval(table(real), table(ours), "segm")
+        score.evaluate()
+        score.accumulate()
+        score.summarize()
+    names = ("ap", "ap50_coco", "ap75_coco", "ap_s", "ap_m", "ap_l")
+    return {name: 100 * value if value >= 0 else None for name, value in zip(names, score.stats.tolist())}
+
+
 def evaluate_labels(args, run, split):
     """Scores what the stages wrote. Only here and in save_panels are masks of weak labels' images seen."""
     truth = load(args, split, masks=True)
@@ -1400,10 +1718,22 @@ def evaluate_labels(args, run, split):
     def written(folder):
         return confusion_of(truth, lambda s: read_label(run.path(folder, s.name), truth.classes))
 
-    def result(stage, confusion, timed, **values):
-        run.result(stage, confusion, split=split, n_images=len(truth), uses_masks=True,
-                   seconds=round(sum(map(run.seconds, timed)), 1), notes=truth.notes, **values)
+    def aps(folder):
+        def read(name):
+            return read_instances(run.path(folder, name, ".npz"))
+        values, images = instance_aps(truth, read)
+        return {"n_images": images, **values, **coco_aps(truth, read)}
 
+    def result(stage, confusion, timed, **values):
+        values = {"n_images": len(truth), **values}
+        run.result(stage, confusion, split=split, uses_masks=True, notes=truth.notes,
+                   seconds=round(sum(map(run.seconds, timed)), 1), **values)
+
+    if split == "val" and args.task == "instance":
+        plain = aps("val_instance")
+        result("val_instance", None, ["detector", "val_instance"], crf=True, **aps("val_instance_crf"),
+               ap50_no_crf=plain["ap50"], ap_no_crf=plain["ap"])
+        return
     if split == "val":
         for stage in ("val", "val_crf"):
             result(stage, written(stage), ["segmenter", "val"], crf="crf" in stage, scales=args.test_scales)
@@ -1422,6 +1752,9 @@ def evaluate_labels(args, run, split):
     result("walk", written("walk"), ["affinity", "walk"], crf=False, miou_crf=written("walk_crf").miou(),
            miou_start=start.miou())
     result("pseudo", written("pseudo"), ["pseudo"], crf=True, miou_no_crf=written("pseudo_raw").miou())
+    if args.task == "instance":
+        result("pseudo_instance", None, ["pseudo", "pseudo_instance"], crf=args.train_on == "pseudo",
+               **aps("instances"))
 
 
 def seeds_with_crf(sample, seed, crf, backend, device):
@@ -1433,47 +1766,82 @@ def seeds_with_crf(sample, seed, crf, backend, device):
     return present[dense_crf([sample.image], [prob], crf, backend, device=device)[0].argmax(0)]
 
 
+def numbered(masks, scores):
+    """Instances as one label map, the surest on top.   (M,H,W) -> (H,W) uint8, 0 = none"""
+    label = np.zeros(masks.shape[1:], np.uint8)
+    for k in np.argsort(scores, kind="stable"):
+        label[masks[k]] = k % 254 + 1
+    return label
+
+
+def instance_overlay(image, masks, scores, least):
+    """Instances of at least this score over the picture."""
+    return overlay(image, numbered(masks[scores >= least], scores[scores >= least]))
+
+
 def save_panels(args, run, split):
     """panels/<split>.png: contact sheet of the first 16 images, one row each."""
     if rank() > 0:
         return
+    train, instance = split == "train", args.task == "instance"
     columns = ({"seeds_F": "seed M_F", "seeds": "seed M_g", "walk": "walk", "pseudo_raw": "A2GNN",
-                "pseudo": "A2GNN + CRF"} if split == "train" else
-               {"val": "prediction", "val_crf": "prediction + CRF"})
+                "pseudo": "A2GNN + CRF"} if train else
+               {} if instance else {"val": "prediction", "val_crf": "prediction + CRF"})
+    objects = ({} if not instance else {"instances": "instances"} if train else
+               {"val_instance": "instances", "val_instance_crf": "instances + CRF"})
     truth, rows = load(args, split, masks=True), []
     for sample in (truth[i] for i in range(min(16, len(truth)))):
-        cam = [read_cam(run, sample.name, len(truth.classes)).max(0)] if split == "train" else []
-        labels = [read_label(run.path(folder, sample.name), truth.classes) for folder in columns]
-        labels += [sample.mask] if hasattr(sample, "mask") else []
-        rows.append([sample.image, *cam, *(overlay(sample.image, label) for label in labels)])
-    titles = ["image", *(["CAM"] if split == "train" else []), *columns.values(), "ground truth"]
+        row = [sample.image]
+        row += [read_cam(run, sample.name, len(truth.classes)).max(0)] if train else []
+        row += [overlay(sample.image, read_label(run.path(folder, sample.name), truth.classes))
+                for folder in columns]
+        for folder in objects:
+            masks, _, scores = read_instances(run.path(folder, sample.name, ".npz"))
+            row.append(instance_overlay(sample.image, masks, scores, 0.5))
+        real = getattr(sample, "instances" if instance else "mask", None)
+        rows.append([*row, *([] if real is None else [overlay(sample.image, real)])])
+    titles = ["image", *(["CAM"] if train else []), *columns.values(), *objects.values(), "ground truth"]
     contact_sheet(run.path("panels", split), rows, titles)
 
 
 def predict_folder(args):
-    """--predict: masks and overlays of a picture or a folder, by the segmentation network of --checkpoint.
+    """--predict: masks and overlays of a picture or a folder; of instances if --checkpoint is a detector.pt.
 
-    Writes predict/*.png, predict/*_overlay.png beside the checkpoint (or in --out, where that is given).
+    Writes predict/*.png, predict/*_overlay.png beside the checkpoint (or in --out, where that is given); of
+    instances also predict/*.npz with masks, classes and scores.
     """
     if not Path(args.checkpoint).is_file():
         raise UserError(f"--predict needs --checkpoint runs/…/segmenter.pt; {args.checkpoint!r} is no file")
     state, source = read_state(args.checkpoint), Path(args.predict)
-    if "head.branches.0.weight" not in state.get("model", {}):
-        raise UserError(f"--checkpoint {args.checkpoint} is not the segmenter.pt of a run")
+    last = {"deeplab": "head.branches.0.weight", "pspnet": "head.4.weight",
+            "instance": "roi_heads.box_predictor.cls_score.weight"}
+    kind = next((kind for kind, key in last.items() if key in state.get("model", {})), None)
+    if kind is None:
+        raise UserError(f"--checkpoint {args.checkpoint} is neither segmenter.pt nor detector.pt of a run")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
     if not files:
         raise UserError(f"--predict {source}: no .jpg or .png picture there")
     device, made = start_processes(args.device), state["args"]
-    classes = len(state["model"]["head.branches.0.weight"]) - 1
-    net = make_segmenter(made["backbone"], "none", made["seg_stride"], made["seg_rates"], classes)
+    classes = len(state["model"][last[kind]]) - 1
+    if kind == "instance":
+        net = make_detector(made["backbone"], "none", made["inst_size"], made["inst_width"],
+                            made["inst_rois"], classes)
+    else:
+        net = make_network(kind, made["backbone"], "none", made["seg_stride"], made["seg_rates"], classes)
     net.load_state_dict(state["model"])
     net = net.to(device, memory_format=torch.channels_last).eval()
     folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
     for file in tqdm(shard(files), "predict"):
         image = read_image(file)
-        prob = predict(net, image, made["test_scales"], device)
-        label = dense_crf([image], [prob], CRF(*made["seg_crf"]), args.crf, device=device)[0].argmax(0)
+        if kind == "instance":
+            soft, found, scores = predict_instances(net, image, device)
+            masks = refine_instances(image, soft, CRF(*made["inst_crf"]), args.crf, device)
+            save_instances(folder / f"{file.stem}.npz", masks, found, scores)
+            label = numbered(masks[scores >= 0.5], scores[scores >= 0.5])
+        else:
+            prob = predict(net, image, made["test_scales"], device)
+            label = dense_crf([image], [prob], CRF(*made["seg_crf"]), args.crf, device=device)[0].argmax(0)
         save_label(folder / f"{file.stem}.png", label)
         save_image(folder / f"{file.stem}_overlay.png", overlay(image, label))
 
@@ -1484,8 +1852,14 @@ def main():
     args.cam_backbone = args.backbone if args.cam_backbone == "same" else args.cam_backbone
     if args.predict:
         return predict_folder(args)
+    instance = args.task == "instance"
+    if instance and args.supervision not in ("box", "full"):
+        raise UserError(f"--task instance needs boxes: --supervision box (or full), not {args.supervision}")
     train_set, val_set = load(args, "train"), load(args, "val")
-    make_segmenter(args.backbone, args.weights, args.seg_stride, args.seg_rates, 1)     # wrong weights: now
+    if instance:                                                                        # wrong weights: now
+        make_detector(args.backbone, args.weights, args.inst_size, args.inst_width, args.inst_rois, 1)
+    else:
+        make_network(args.segmenter, args.backbone, args.weights, args.seg_stride, args.seg_rates, 1)
     run = Run(args, FIELDS)
     if args.supervision != "full":
         classifier = train_classifier(args, run, train_set)                             # Eq. (3.1)
@@ -1493,12 +1867,16 @@ def main():
         affinity = train_affinity(args, run, classifier, train_set)                     # Eqs. (3.6)–(3.13)
         write_walk(args, run, affinity, train_set)                                      # Table 3.4's RW
         write_pseudo(args, run, affinity, train_set)                                    # Eqs. (3.14)–(3.28)
-        if not run.has("pseudo"):
+        if instance:
+            write_pseudo_instances(args, run, train_set)                                # §3.4
+        if not run.has("pseudo_instance" if instance else "pseudo"):
             save_panels(args, run, "train")
             evaluate_labels(args, run, "train")
-    segmenter = train_segmenter(args, run, train_set)
-    write_predictions(args, run, segmenter, val_set)
-    if not run.has("val_crf"):
+    if instance:
+        write_detections(args, run, train_detector(args, run, train_set), val_set)
+    else:
+        write_predictions(args, run, train_segmenter(args, run, train_set), val_set)
+    if not run.has("val_instance" if instance else "val_crf"):
         save_panels(args, run, "val")
         evaluate_labels(args, run, "val")
     run.table()

@@ -87,7 +87,9 @@ def parse_args(Args, doc, presets=None, argv=None):
     args.preset = preset
     args.root = args.root or f"data/{args.data}"
     if not getattr(args, "predict", ""):
-        args.out = args.out or f"runs/{Path(sys.argv[0]).stem}-{args.data}-{args.supervision}-s{args.seed}"
+        task = "-instance" if getattr(args, "task", "") == "instance" else ""
+        args.out = args.out or (f"runs/{Path(sys.argv[0]).stem}-{args.data}-{args.supervision}{task}"
+                                f"-s{args.seed}")
     return args
 
 
@@ -948,6 +950,38 @@ class DeepLab(nn.Module):
 
     def forward(self, image):
         return self.head(self.backbone(image)[-1])
+
+
+class PSPNet(nn.Module):
+    """Pyramid pooling (Zhao et al. 2017): the deepest tap beside its means over 1, 2x2, 3x3 and 6x6 areas.
+
+    image (B,3,H,W) -> logits (B,classes,h,w); while it trains also those of an auxiliary classifier on the
+    tap before. Its batch norms need two images or more in each process.
+    """
+
+    def __init__(self, backbone, classes, bins=(1, 2, 3, 6)):
+        super().__init__()
+        before, channels = backbone.channels[-2:]
+        narrow, pooled = channels // 4, channels // len(bins)
+        self.backbone = backbone
+        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(n), *conv_norm(channels, pooled, 1))
+                                   for n in bins)
+        self.head = nn.Sequential(*conv_norm(channels + len(bins) * pooled, narrow, 3), nn.Dropout2d(0.1),
+                                  nn.Conv2d(narrow, classes, 1))
+        self.auxiliary = nn.Sequential(*conv_norm(before, before // 4, 3), nn.Dropout2d(0.1),
+                                       nn.Conv2d(before // 4, classes, 1))
+
+    def forward(self, image):
+        *_, before, x = self.backbone(image)
+        means = [F.interpolate(pool(x), x.shape[-2:], mode="bilinear") for pool in self.pools]
+        logits = self.head(torch.cat([x, *means], dim=1))
+        return (logits, self.auxiliary(before)) if self.training else logits
+
+
+def conv_norm(inputs, outputs, kernel):
+    """Convolution, batch norm, ReLU."""
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+    return conv, nn.BatchNorm2d(outputs), nn.ReLU()
 
 
 # ── Gaussian filtering on the permutohedral lattice ─────────────────────────────────────────────────────────

@@ -4,7 +4,7 @@
     sample = dataset[0]                        # name, image, tags, and what the supervision reveals
 
 Data sets    shapes (drawn on the fly, no files) · voc (PASCAL VOC 2012, SBD, ScribbleSup, what's-the-point)
-             workpiece (any folder of your own): each class says its layout
+             coco · workpiece (any folder of your own): each class says its layout
 Coordinates  x to the right, y down, in pixel edges: pixel (row i, column j) is j <= x < j+1, i <= y < i+1.
              A box [class, x0, y0, x1, y1] is half open: its pixels are mask[y0:y1, x0:x1]. VOC's XML,
              inclusive and counted from 1, becomes (xmin-1, ymin-1, xmax, ymax).
@@ -38,6 +38,8 @@ VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningt
                "person pottedplant sheep sofa train tvmonitor").split()
 VOC_PAGE = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012"
 VOC_CLICKS = "points/whats_the_point.json"
+COCO_PAGE = "https://cocodataset.org"
+COCO_PICTURES = {"train2014": 82783, "val2014": 40504, "train2017": 118287, "val2017": 5000}
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -471,6 +473,7 @@ def complete(s, wanted, files, classes):
     return s
 
 
+DERIVED = "derived from the (instance) masks, seeded by picture name"
 FILES = {"tags": "tags.json", "boxes": "boxes", "points": "points", "scribble": "scribbles", "mask": "masks"}
 
 
@@ -484,7 +487,7 @@ def find_fields(names, files, wish, notes, classes, where):
         kind = key if files[key] else "mask"
         require(names, files[kind], f"{where} ({FILES[kind]})", f"{FILES[key]} are needed here")
     derived = [key for key in wish.derived if not files[key] and files["mask"] and key != "instances"]
-    notes |= {key: "derived from the (instance) masks, seeded by picture name" for key in derived}
+    notes |= dict.fromkeys(derived, DERIVED)
     fields = [key for key in wish.shown if files[key] or key in derived]
     if "mask" in fields:
         masked = [files["mask"][name] for name in names if name in files["mask"]]
@@ -808,6 +811,152 @@ def voc_points(clicks, classes, size, path):
     return locate(rows, 3, classes, size, path)
 
 
+# ── coco: instances_*.json ────────────────────────────────────────────────────────────────────────
+
+
+class COCO:
+    """annotations/instances_{train,val}{2014,2017}.json, {train,val}{2014,2017}/*.jpg; masks/ is made here.
+
+    Classes are the file's categories in the order of their ids: 1..90 with gaps become 1..80. Pictures that
+    have no annotation are left out. Tags are the classes of all annotations, boxes those of single objects.
+    In masks the smaller object lies on top; a crowd is 255 where there is no single object.
+    """
+
+    def __init__(self, root, split, train_list, wish):
+        self.root, self.notes, self.file = root, {}, coco_file(root, split)
+        self.folder = coco_folder(self.file)
+        self.classes, self.entries = read_coco(self.file)
+        listed = split == "train" and train_list not in ("train", "train_aug")
+        self.names = read_list(train_list) if listed else list(self.entries)
+        require(self.names, self.entries, self.file, f"mend {train_list}")
+        self.names, every = [name for name in self.names if self.entries[name][2] != "[]"], len(self.names)
+        if len(self.names) < every:
+            self.notes["pictures"] = f"{every - len(self.names)} of {every} have no annotation: left out"
+        if not self.names: raise DataError(f"{self.file} has no annotation; take it again from {COCO_PAGE}")
+        self.pictures = stems(self.folder, PICTURES)
+        require(self.names, self.pictures, self.folder, f"get them from {COCO_PAGE} or mend {self.file}")
+        derived = [key for key in wish.derived if key in ("points", "scribble")]
+        self.notes |= dict.fromkeys(derived, DERIVED)
+        self.fields = [key for key in wish.shown if key in ("boxes", "mask", "instances", *derived)]
+
+    def read(self, name):
+        image, (height, width, _) = read_image(self.pictures[name]), self.entries[name]
+        if image.shape[:2] != (height, width):
+            raise DataError(f"{self.pictures[name]} is {image.shape[1]}x{image.shape[0]} pixels, but {width}x"
+                            f"{height} in {self.file}; take the picture again")
+        found = self.annotations(name)
+        boxes = [(self.classes[a["category_id"] - 1], x, y, x + w, y + h) for a in found if not a["iscrowd"]
+                 for x, y, w, h in [a["bbox"]]]
+        s = Sample(name=name, image=image, boxes=locate(boxes, 5, self.classes, (height, width), self.file),
+                   tags=present([a["category_id"] for a in found], len(self.classes)))
+        if set(self.fields) - {"boxes"}:
+            s = derive(changed(s, **self.masks(s)), self.fields)
+        return s
+
+    def annotations(self, name):
+        """A picture's annotations as the file has them, but with category_id 1..K and RLE."""
+        height, width, text = self.entries[name]
+        with reading(self.file, f"annotation of {name} in", f"take the file again from {COCO_PAGE}"):
+            return [{**a, "segmentation": coco_rle(a["segmentation"], height, width)}
+                    for a in json.loads(text)]
+
+    def masks(self, s):
+        """{"mask", "instances": (H,W) uint8} from masks/; who asks first draws them and keeps them there.
+
+        Each process writes under a name of its own, then renames: two that draw the same do not clash.
+        """
+        from common import save_label
+        parts = {"mask": self.folder.name, "instances": f"{self.folder.name}_instances"}
+        files = {key: self.root / "masks" / part / f"{s.name}.png" for key, part in parts.items()}
+        written = self.file.stat().st_mtime
+        if all(file.is_file() and file.stat().st_mtime >= written for file in files.values()):
+            return {key: read_label(file, self.classes if key == "mask" else None, s.image)
+                    for key, file in files.items()}
+        maps = draw_coco(self.annotations(s.name), *s.image.shape[:2])
+        with contextlib.suppress(OSError):                          # a folder that is not ours to write to
+            for key, file in files.items(): save_label(file, maps[key])
+        return maps
+
+
+def coco_file(root, split):
+    """The annotations of a split: of 2014 (the papers') or 2017, first of a year whose pictures are there."""
+    files = [root / "annotations" / f"instances_{split}{year}.json" for year in (2014, 2017)]
+    found = [file for file in files if file.is_file()]
+    if not found:
+        raise DataError(f"there is neither {files[0]} nor {files[1].name}; get it from {COCO_PAGE} or "
+                        "correct --root")
+    return next((file for file in found if coco_folder(file).is_dir()), found[0])
+
+
+def coco_folder(file):
+    """The pictures' folder that belongs to an annotation file."""
+    return file.parent.parent / file.stem.removeprefix("instances_")
+
+
+def read_coco(path):
+    """Class names, {picture's name: (height, width, its annotations, category_id 1..K, as JSON)}.
+
+    As text: the polygons of 118,287 pictures as Python lists would be copied into each loader's memory.
+    """
+    with reading(path, "annotation file", f"take it again from {COCO_PAGE}"):
+        table = json.loads(path.read_text())
+        categories = sorted(table["categories"], key=lambda category: category["id"])
+        number = {category["id"]: k for k, category in enumerate(categories, 1)}
+        found = {image["id"]: [] for image in table["images"]}
+        for a in table["annotations"]:
+            if a["category_id"] not in number or a["image_id"] not in found:
+                raise DataError(f"{path} has an annotation (id {a['id']}) of category {a['category_id']} in "
+                                f"picture {a['image_id']}, one of which it does not list; mend the file")
+            if min(a["bbox"][2:]) > 0:                              # COCO has a few boxes without any width
+                kept = {key: a[key] for key in ("bbox", "area", "segmentation")}
+                kept |= {"category_id": number[a["category_id"]], "iscrowd": a.get("iscrowd", 0)}
+                found[a["image_id"]].append(kept)
+        entries = {Path(image["file_name"]).stem: (image["height"], image["width"],
+                                                   json.dumps(found[image["id"]]))
+                   for image in table["images"]}
+    return [category["name"] for category in categories], entries
+
+
+def coco_rle(segmentation, height, width):
+    """Polygons, or RLE as a list or as text -> pycocotools' RLE; an empty annotation covers nothing."""
+    from pycocotools import mask
+    if isinstance(segmentation, dict):
+        if list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"RLE of size {segmentation['size']}, picture {[height, width]}")
+        text = isinstance(segmentation["counts"], str)
+        return segmentation if text else mask.frPyObjects(segmentation, height, width)
+    polygons = [corners for corners in segmentation if len(corners) >= 6]
+    if not polygons: return mask.encode(np.zeros((height, width), np.uint8, order="F"))
+    return mask.merge(mask.frPyObjects(polygons, height, width))
+
+
+def draw_coco(annotations, height, width):
+    """{"mask", "instances": (H,W) uint8}; from the 255th object on, counted from the largest, no instance."""
+    from pycocotools import mask as rle
+    mask, instances = np.zeros((2, height, width), np.uint8)
+    drawn = [(a, rle.decode(a["segmentation"]).astype(bool)) for a in annotations]
+    for a, inside in drawn:
+        if a["iscrowd"]: mask[inside] = instances[inside] = 255
+    single = sorted((-inside.sum(), i) for i, (a, inside) in enumerate(drawn) if not a["iscrowd"])
+    for k, (_, i) in enumerate(single, 1):
+        a, inside = drawn[i]
+        mask[inside], instances[inside] = a["category_id"], min(k, 255)
+    return {"mask": mask, "instances": instances}
+
+
+def coco_annotations(s):
+    """The objects of a sample's masks as COCO has them: category_id 1..K, RLE."""
+    from pycocotools import mask as rle
+    objects = objects_of(s.mask, getattr(s, "instances", None))
+    found = []
+    for (k, inside), (_, x0, y0, x1, y1) in zip(objects, derive_boxes(objects).tolist()):
+        code = rle.encode(np.asfortranarray(inside, np.uint8))
+        found.append({"category_id": k, "iscrowd": 0, "area": float(inside.sum()),
+                      "bbox": [x0, y0, x1 - x0, y1 - y0],
+                      "segmentation": {"size": list(inside.shape), "counts": code["counts"].decode()}})
+    return found
+
+
 # ── workpiece: a folder of your own ───────────────────────────────────────────────────────────────
 
 
@@ -861,13 +1010,13 @@ class Workpiece:
         return changed(s, tags=tags_of(source, len(self.classes)))
 
 
-SOURCES = {"shapes": Shapes, "voc": VOC, "workpiece": Workpiece}
+SOURCES = {"shapes": Shapes, "voc": VOC, "coco": COCO, "workpiece": Workpiece}
 
 
 # ── Commands: check, export, voc-aug ──────────────────────────────────────────────────────────────
 
 
-def check(data: Literal["shapes", "voc", "workpiece"], root: str = "") -> None:
+def check(data: Literal["shapes", "voc", "coco", "workpiece"], root: str = "") -> None:
     """List what is there and what is missing, with expected counts, and check values; exit 1 if unusable."""
     args = types.SimpleNamespace(data=data, root=root, train_list="train", supervision="image")
     wrong = False
@@ -914,6 +1063,19 @@ def check_voc(root):
     yield from check_masks(list(voc_masks(root).values()), voc_classes(root))
 
 
+def check_coco(root):
+    """Rows (what, count, remark)."""
+    for split in ("train", "val"):
+        file = coco_file(root, split)
+        folder, (classes, entries) = coco_folder(file), read_coco(file)
+        there, counts = len(stems(folder, PICTURES)), COCO_PICTURES if len(classes) == 80 else {}
+        yield folder.name, there, remark(there, counts.get(folder.name), COCO_PAGE)
+        annotated = sum(text != "[]" for *_, text in entries.values())
+        yield f"{file.name}", len(entries), f"{annotated} with objects, {len(classes)} classes"
+        made = len(stems(root / "masks" / folder.name))
+        yield f"masks/{folder.name}", made, "made so far; the others when they are first asked for"
+
+
 def check_workpiece(root):
     """Rows (what, count, remark)."""
     classes = read_classes(root / "classes.txt")
@@ -939,8 +1101,8 @@ def check_masks(files, classes):
     yield f"values in {min(50, len(files))} masks", listed, verdict
 
 
-def export(data: Literal["shapes", "voc", "workpiece"], layout: Literal["voc", "workpiece"], to: str,
-           n: int = 0, root: str = "") -> None:
+def export(data: Literal["shapes", "voc", "coco", "workpiece"], layout: Literal["voc", "coco", "workpiece"],
+           to: str, n: int = 0, root: str = "") -> None:
     """Write a data set in another's on-disk layout, the first n samples of each split (0 = all)."""
     args = types.SimpleNamespace(data=data, root=root, train_list="train", supervision="full")
     for split in ("train", "val"):
@@ -1005,6 +1167,20 @@ def voc_xml(s, classes):
     return f"<annotation>\n  <filename>{s.name}.jpg</filename>\n  {size}\n{objects}</annotation>\n"
 
 
+def export_coco(to, split, classes, samples):
+    """See class COCO; category ids are 1..K. What is 255 in a mask is no object, so it becomes background."""
+    folder, table = to / f"{split}2017", {"images": [], "annotations": []}
+    for path in (folder, to / "annotations"): path.mkdir(parents=True, exist_ok=True)
+    for number, s in enumerate(samples, 1):
+        Image.fromarray(s.image).save(folder / f"{s.name}.jpg", quality=95)
+        height, width = s.image.shape[:2]
+        table["images"].append({"id": number, "file_name": f"{s.name}.jpg", "height": height, "width": width})
+        table["annotations"] += [{"id": len(table["annotations"]) + i, "image_id": number, **a}
+                                 for i, a in enumerate(coco_annotations(s), 1)]
+    table["categories"] = [{"id": k, "name": name} for k, name in enumerate(classes, 1)]
+    (to / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(table))
+
+
 def voc_aug(sbd: str, root: str = "data/voc") -> None:
     """Make SegmentationClassAug from SBD's cls/*.mat; pictures of VOC's own train and val keep VOC's mask."""
     from common import save_label
@@ -1031,8 +1207,8 @@ def voc_aug(sbd: str, root: str = "data/voc") -> None:
     print(f"{target}: {len({*mats, *own})} masks; train_aug now has {count} pictures (expected 10582)")
 
 
-CHECKS = {"shapes": check_shapes, "voc": check_voc, "workpiece": check_workpiece}
-LAYOUTS = {"voc": export_voc, "workpiece": export_workpiece}
+CHECKS = {"shapes": check_shapes, "voc": check_voc, "coco": check_coco, "workpiece": check_workpiece}
+LAYOUTS = {"voc": export_voc, "coco": export_coco, "workpiece": export_workpiece}
 
 
 def main():

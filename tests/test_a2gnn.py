@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 import a2gnn
+import data
 from common import ConfusionMatrix, Run, make_backbone, save_label
 from conftest import ROOT, kill_when, sh
 from data import export, load, read_image, read_label
@@ -1017,12 +1018,132 @@ def test_an_image_without_boxes_is_background():
         assert torch.isfinite(probs).all() and (labels_of(g, probs)[-1] == 0).all()
 
 
+# ---------------------------------------------------------------- instances
+
+
+def test_instances_in_boxes_by_hand():
+    label = label_map("11220 11220 11110 00000")
+    boxes = np.array([[1, 0, 0, 5, 3], [1, 1, 1, 3, 4], [2, 2, 0, 5, 2], [2, 0, 0, 2, 2]], np.float32)
+    large, small, other, nothing = a2gnn.instances_in_boxes(label, boxes)
+    assert (small == mask_of("00000 01000 01100 00000")).all(), "the smaller of two boxes of a class"
+    assert (large == mask_of("11000 10000 10010 00000")).all()
+    assert (other == mask_of("00110 00110 00000 00000")).all() and not nothing.any()
+    assert a2gnn.instances_in_boxes(label, boxes[:0]).shape == (0, 4, 5)
+
+
+def test_pseudo_instances_of_true_labels_are_the_objects():
+    """From true labels only what two boxes of one class share can go wrong."""
+    for s in shapes(12):
+        masks = a2gnn.instances_in_boxes(s.mask, s.boxes)
+        for k, (box, mask) in enumerate(zip(s.boxes, masks)):
+            _, rows, columns = a2gnn.pixel_box(box, *s.mask.shape)
+            assert (s.mask[mask] == box[0]).all() and mask.sum() == mask[rows, columns].sum()
+            alone = all(i == k or other[0] != box[0] for i, other in enumerate(s.boxes))
+            if alone: assert (mask == (s.mask == box[0])).all()
+
+
+def written_instances(folder, s):
+    masks = a2gnn.instances_in_boxes(s.mask, s.boxes)
+    a2gnn.save_instances(folder / f"{s.name}.npz", masks, s.boxes[:, 0].astype(int), masks.any((1, 2)))
+    return masks
+
+
+@pytest.mark.parametrize("weak", [True, False])
+def test_targets_keep_boxes_masks_and_classes_together(weak, tmp_path):
+    """Through flip, scaling and padding; the second image has a box without pixels and one of no object."""
+    samples = shapes(8)[5:8]
+    samples[1].boxes = np.vstack([[[3, 0, 0, 9, 9]], samples[1].boxes]).astype(np.float32)
+    samples[2].boxes = samples[2].boxes[:0]
+    samples[2].mask, samples[2].instances = np.zeros((2, *samples[2].mask.shape), np.uint8)
+    for s in samples: written_instances(tmp_path, s)
+    objects = a2gnn.Objects(samples, tmp_path if weak else None)
+    generator, size, batch = np.random.default_rng(0), 150, []
+    for i in range(3):
+        s = data.flip(objects[i])
+        assert not hasattr(s, "mask") and set(np.unique(s.instances)) <= {*range(len(s.boxes) + 1)}
+        batch.append(data.normalise(data.crop(data.resize_long(s, size), size, generator)))
+    batch = data.collate(batch)
+    targets = a2gnn.detector_targets(batch)
+    assert len(targets[2]["boxes"]) == 0 and targets[2]["masks"].shape == (0, size, size)
+    for s, target in zip(samples[:2], targets):
+        real = [c for c, mask in data.objects_of(s.mask, s.instances)]
+        assert sorted(target["labels"].tolist()) == sorted(real), "the box without pixels is left out"
+        for (x0, y0, x1, y1), mask in zip(target["boxes"], target["masks"]):
+            y, x = (axis.float() for axis in mask.nonzero().unbind(1))
+            assert x.min() > x0 - 3 and x.max() < x1 + 3 and y.min() > y0 - 3 and y.max() < y1 + 3
+            if not weak: assert x.max() - x.min() > x1 - x0 - 4 and y.max() - y.min() > y1 - y0 - 4
+        assert target["masks"].sum(0).max() == 1 and target["masks"].dtype == torch.uint8
+
+
+def test_final_masks_are_refined_and_never_lost():
+    image = np.full((40, 60, 3), 30, np.uint8)
+    image[10:30, 10:40] = 200
+    soft = np.zeros((2, 40, 60), np.float32)
+    soft[0, 8:32, 8:42] = 0.6                                               # two pixels too large all around
+    soft[1, 20, 50] = 0.51                                                  # one pixel of the background
+    masks = a2gnn.refine_instances(image, soft, a2gnn.CRF(2, 3, 50, 5, 10, 10), "torch", "cpu")
+    assert (masks[0] == (image[..., 0] == 200)).all() and (masks[1] == (soft[1] > 0.5)).all()
+    assert (a2gnn.refine_instances(image, soft, a2gnn.CRF(2, 3, 50, 5, 10, 10), "none", "cpu")
+            == (soft > 0.5)).all()
+    assert a2gnn.refine_instances(image, soft[:0], None, "torch", "cpu").shape == (0, 40, 60)
+
+
+class Scenes(list):
+    """Samples as a data set of 8 classes."""
+    classes, source = [f"class {k}" for k in range(1, 9)], None
+
+
+def test_coco_aps_by_hand():
+    """True masks 100; every other one missed: half of the recall points (101 of them, from 0 to 1)."""
+    scenes = Scenes(shapes(6))
+    objects = {s.name: data.objects_of(s.mask, s.instances) for s in scenes}
+
+    def read(name, keep=lambda k: True, shrink=0):
+        own = [(c, mask) for k, (c, mask) in enumerate(objects[name]) if keep(k)]
+        masks = [mask & (np.cumsum(mask).reshape(mask.shape) > shrink * mask.sum()) for _, mask in own]
+        return np.array(masks), np.array([c for c, _ in own]), np.ones(len(own))
+
+    perfect = a2gnn.coco_aps(scenes, read)
+    assert perfect["ap"] == perfect["ap50_coco"] == perfect["ap75_coco"] == 100 and perfect["ap_l"] is None
+    areas = [mask.sum() for own in objects.values() for _, mask in own]
+    assert (perfect["ap_s"] is None) == (min(areas) >= 32**2) and max(areas) < 96**2
+    shrunk = a2gnn.coco_aps(scenes, lambda name: read(name, shrink=0.28))            # IoU of about 0.72
+    assert shrunk["ap50_coco"] == 100 and shrunk["ap75_coco"] == 0 and round(shrunk["ap"]) == 50
+    two = next(s for s in scenes if len(objects[s.name]) > 1)
+    if len({c for c, _ in objects[two.name]}) > 1:
+        half = a2gnn.coco_aps(Scenes([two]), lambda name: read(name, keep=lambda k: k == 0))
+        assert 0 < half["ap"] < 100
+    nothing = a2gnn.coco_aps(scenes, lambda name: read(name, keep=lambda k: False))
+    assert nothing["ap"] == 0
+
+
+def test_coco_aps_know_the_crowds_of_the_file(tmp_path):
+    """A detection inside a crowd is no mistake, the same one outside is."""
+    (tmp_path / "annotations").mkdir()
+    for split in ("train2017", "val2017"):
+        (tmp_path / split).mkdir()
+        Image.fromarray(np.zeros((10, 20, 3), np.uint8)).save(tmp_path / split / "a.jpg")
+        made = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 0, 5, 10], "area": 50, "iscrowd": 0,
+                 "segmentation": [[10, 0, 15, 0, 15, 10, 10, 10]]},
+                {"id": 2, "image_id": 1, "category_id": 1, "bbox": [0, 0, 6, 10], "area": 60, "iscrowd": 1,
+                 "segmentation": {"size": [10, 20], "counts": [0, 60, 140]}}]
+        image = {"id": 1, "file_name": "a.jpg", "height": 10, "width": 20}
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(
+            {"images": [image], "annotations": made, "categories": [{"id": 1, "name": "person"}]}))
+    truth = load(arguments(data="coco", root=str(tmp_path)), "val")
+    for first, ap in ((0, 100), (15, 50)):
+        masks = np.zeros((2, 10, 20), bool)
+        masks[0, :, first:first + 5], masks[1, :, 10:15] = True, True
+        values = a2gnn.coco_aps(truth, lambda name, m=masks: (m, np.array([1, 1]), np.array([0.9, 0.8])))
+        assert round(values["ap"]) == ap
+
+
 # ---------------------------------------------------------------- runs
 
 TINY = """a2gnn.py --preset shapes --workers 0 --device cpu --cam-steps 4 --cam-warmup 2 --cam-batch 4
     --cam-crop 48 --cam-resize 48 64 --cam-scales 0.5 1 --aff-steps 8 --aff-batch 4 --hidden 8
-    --epochs 2 2 --batch-images 2 --seg-steps 4 --seg-batch 4 --seg-crop 48 --test-scales 1 --save-every 2
-    --log-every 2""".split()
+    --epochs 2 2 --batch-images 2 --seg-steps 4 --seg-batch 4 --seg-crop 48 --test-scales 1 --inst-steps 4
+    --inst-batch 2 --inst-size 64 --inst-width 16 --inst-rois 16 --save-every 2 --log-every 2""".split()
 STAGES = ["cam", "seed", "walk", "pseudo", "val", "val_crf"]
 FOLDERS = ["seeds_F", "seeds", "walk", "walk_crf", "pseudo_raw", "pseudo", "val", "val_crf"]
 
@@ -1159,6 +1280,90 @@ def test_predicts_a_folder_and_a_picture(finished, folders, tmp_path):
     for missing in ((), ("--checkpoint", tmp_path / "none.pt")):
         with pytest.raises(SystemExit, match="checkpoint"):
             run_here("a2gnn.py", "--predict", few, "--out", tmp_path / "q", *missing)
+
+
+@pytest.fixture(scope="module")
+def instances(finished, folders, tmp_path_factory):
+    """A run of --task instance that takes the stages before the detector from the first run."""
+    out = tmp_path_factory.mktemp("instances")
+    run_here(*command(folders, out, task="instance", reuse=finished))
+    return out
+
+
+def test_runs_for_instances(instances, finished):
+    entries = stages(instances)
+    assert [s["stage"] for s in entries] == [*STAGES[:4], "pseudo_instance", "val_instance"]
+    for s in entries[4:]:
+        assert s["n_images"] == 6 and s["uses_masks"] and s["crf"] and s["seconds"] >= 0
+        keys = {"ap50", "ap70", "ap75", "ap", "ap50_coco", "ap75_coco", "ap_s", "ap_m", "ap_l"}
+        assert keys <= set(s) and all(0 <= s[key] <= 100 for key in keys - {"ap_s", "ap_m", "ap_l"})
+    assert "ap50_no_crf" in entries[5]
+    assert scores(instances)[:4] == scores(finished)[:4] and not (instances / "segmenter.pt").exists()
+    for folder in ("instances", "val_instance", "val_instance_crf"):
+        assert len(list((instances / folder).glob("*.npz"))) == 6
+    for name in ("train", "val"):
+        with Image.open(instances / "panels" / f"{name}.png") as image: assert image.height > 6 * 150
+    assert torch.load(instances / "detector.pt", weights_only=True)["step"] == 4
+    lines = [json.loads(line) for line in (instances / "log.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"detector"} and "loss_mask" in lines[0]
+
+
+def test_pseudo_instances_are_the_labels_in_the_boxes(instances, folders):
+    train = load(arguments(data="workpiece", root=str(folders["workpiece"])), "train")
+    for s in train:
+        masks, classes, scores = a2gnn.read_instances(instances / "instances" / f"{s.name}.npz")
+        label = read_label(instances / "pseudo" / f"{s.name}.png")
+        assert (classes == s.boxes[:, 0]).all() and (scores == masks.any((1, 2))).all()
+        assert (masks == a2gnn.instances_in_boxes(label, s.boxes)).all()
+
+
+def test_a_killed_instance_run_ends_like_an_undisturbed_one(instances, finished, folders, tmp_path):
+    line = command(folders, tmp_path, task="instance", reuse=finished)
+    kill_when(lambda: (tmp_path / "detector.pt").exists(), *line)
+    run_here(*line)
+    assert scores(tmp_path) == scores(instances)
+    parts = ("instances", "val_instance", "val_instance_crf")
+    assert contents(tmp_path, *parts) == contents(instances, *parts)
+
+
+def test_instances_on_full_masks_and_predicted(folders, tmp_path):
+    """Also in the COCO layout, whose own annotations are the ground truth."""
+    export("shapes", "coco", str(tmp_path / "coco"), n=3)
+    run_here(*command({"coco": tmp_path / "coco"}, tmp_path / "run", "coco", task="instance",
+                      supervision="full", inst_steps=2))
+    assert [(s["stage"], s["n_images"]) for s in stages(tmp_path / "run")] == [("val_instance", 3)]
+    picture = sorted((tmp_path / "coco" / "val2017").iterdir())[0]
+    run_here("a2gnn.py", "--predict", picture, "--checkpoint", tmp_path / "run" / "detector.pt", "--out",
+             tmp_path / "p", "--device", "cpu")
+    mine, theirs = (a2gnn.read_instances(folder / f"{picture.stem}.npz") for folder in
+                    (tmp_path / "p" / "predict", tmp_path / "run" / "val_instance_crf"))
+    assert all((a == b).all() for a, b in zip(mine, theirs, strict=True))
+    label = read_label(tmp_path / "p" / "predict" / f"{picture.stem}.png", None, read_image(picture))
+    assert (label == a2gnn.numbered(mine[0][mine[2] >= 0.5], mine[2][mine[2] >= 0.5])).all()
+    assert (tmp_path / "p" / "predict" / f"{picture.stem}_overlay.png").exists()
+
+
+@pytest.mark.parametrize("supervision", ["scribble", "point", "image"])
+def test_instances_need_boxes(supervision, folders, tmp_path):
+    with pytest.raises(SystemExit, match="needs boxes"):
+        run_here(*command(folders, tmp_path, task="instance", supervision=supervision))
+
+
+def test_pspnet_runs_and_predicts(folders, tmp_path):
+    run_here(*command(folders, tmp_path, supervision="full", segmenter="pspnet", seg_steps=2))
+    state = torch.load(tmp_path / "segmenter.pt", weights_only=True)
+    assert any(key.startswith("auxiliary") for key in state["model"])
+    assert sum(len(g["params"]) for g in state["optim"]["param_groups"]) == len(state["optim"]["state"])
+    picture = sorted((folders["workpiece"] / "val" / "images").iterdir())[0]
+    run_here("a2gnn.py", "--predict", picture, "--checkpoint", tmp_path / "segmenter.pt", "--out",
+             tmp_path / "p", "--device", "cpu")
+    label = read_label(tmp_path / "p" / "predict" / picture.name)
+    assert (label == read_label(tmp_path / "val_crf" / picture.name)).all()
+
+
+def test_predict_takes_no_other_checkpoint(finished, folders, tmp_path):
+    with pytest.raises(SystemExit, match="neither segmenter.pt nor detector.pt"):
+        run_here("a2gnn.py", "--predict", folders["workpiece"], "--checkpoint", finished / "classifier.pt")
 
 
 def test_runs_with_the_ablation_flags(folders, tmp_path):
@@ -1362,3 +1567,20 @@ def test_the_consistency_check_finds_wrong_seeds(trained, monkeypatch):
                 gone[right].append((left != seed)[which])
     right, wrong = (np.concatenate(gone[r]).mean() for r in (True, False))
     assert wrong > 0.15 and wrong > 2 * right, (wrong, right)
+
+
+def test_mask_rcnn_learns_from_pseudo_instances(tmp_path):
+    """Two scenes: after some steps it finds their objects' masks better than at the start."""
+    samples = shapes(2)
+    (tmp_path / "names.txt").write_text("".join(f"{s.name}\n" for s in samples))
+    args = arguments(task="instance", out=str(tmp_path), train_list=str(tmp_path / "names.txt"), workers=0,
+                     device="cpu", inst_steps=40, inst_batch=2, inst_warmup=5, inst_size=96, inst_width=16,
+                     inst_rois=16, log_every=1)
+    run = Run(args)
+    (tmp_path / "instances").mkdir()
+    for s in samples: written_instances(tmp_path / "instances", s)
+    a2gnn.train_detector(args, run, load(args, "train"))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for key in ("loss_mask", "loss_classifier", "loss_objectness"):
+        losses = [line[key] for line in lines]
+        assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5]), (key, losses)

@@ -56,6 +56,9 @@ def test_a_preset_moves_defaults_and_a_flag_wins():
     assert ask("--radius 5").radius == 5 and ask("--radius 5").lr == 0.2, "the paper's own value, by hand"
     assert ask("--data voc").root == "data/voc" and ask("--data voc --root x").root == "x"
     assert ask("--data voc --seed 3").out.endswith("-voc-box-s3") and ask("--out here").out == "here"
+    tasks = dataclasses.make_dataclass("Tasks", [("task", str, "semantic")], bases=(Args,))
+    outs = [parse_args(tasks, "text", {}, line.split()).out for line in ("", "--task instance")]
+    assert [out.split("-", 1)[1] for out in outs] == ["shapes-box-s0", "shapes-box-instance-s0"]
 
 
 @pytest.mark.parametrize("line", ["--data imagenet", "--preset large", "--no-such-flag 1", "--radius many"])
@@ -630,6 +633,24 @@ def test_heads():
     assert common.LargeFOVVGG(16, 3)(x).shape == (2, 3, 9, 9)
     net = common.DeepLab(make_backbone("tiny", "none", 4), common.ASPP(common.CHANNELS["tiny"][-1], 3))
     assert net(torch.randn(1, 3, 32, 48)).shape == (1, 3, 8, 12)
+
+
+def test_pspnet():
+    """Layers as in its paper for a backbone like ResNet's; each pooled part is the mean over its areas."""
+    net = common.PSPNet(make_backbone("resnet50", "none", 8), 21)
+    sizes = [tuple(m.weight.shape) for m in net.modules() if isinstance(m, nn.Conv2d)][-8:]
+    assert sizes == [*[(512, 2048, 1, 1)] * 4, (512, 4096, 3, 3), (21, 512, 1, 1), (256, 1024, 3, 3),
+                     (21, 256, 1, 1)]
+    net = common.PSPNet(make_backbone("tiny", "none", 8), 3)
+    image = torch.randn(2, 3, 48, 96)
+    assert [tuple(logits.shape) for logits in net.train()(image)] == [(2, 3, 6, 12), (2, 3, 6, 12)]
+    seen = {}
+    for i, pool in enumerate(net.pools):
+        pool[1].register_forward_pre_hook(lambda _, x, i=i: seen.update({i: x[0]}))
+    assert net.eval()(image).shape == (2, 3, 6, 12), "without the auxiliary classifier"
+    x = net.backbone(image)[-1]
+    assert [tuple(seen[i].shape[2:]) for i in range(4)] == [(1, 1), (2, 2), (3, 3), (6, 6)]
+    assert torch.allclose(seen[2][:, :, 1, 2], x[:, :, 2:4, 8:12].mean((2, 3)), atol=1e-5)
 
 
 # ---------------------------------------------------------------- ResNet-38 and MXNet's file format

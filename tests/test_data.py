@@ -18,7 +18,7 @@ import data
 from data import DataError, Draws, Sample, load
 
 SUPERVISIONS = list(data.REVEALS)
-LABELS = set(data.REVEALS["full"])
+LABELS, LAYOUTS = set(data.REVEALS["full"]), ("voc", "coco", "workpiece")
 REAL = Path(os.environ.get("WSSS_DATA", "none")) / "VOC2012"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="WSSS_DATA names no folder with VOC2012")
 
@@ -49,7 +49,7 @@ def exported(folder, layout, n=5):
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
     """{layout: folder} of five train and five val scenes; tests that change files take a copy."""
-    return {layout: exported(tmp_path_factory.mktemp(layout), layout) for layout in ("voc", "workpiece")}
+    return {layout: exported(tmp_path_factory.mktemp(layout), layout) for layout in LAYOUTS}
 
 
 @pytest.fixture
@@ -62,6 +62,12 @@ def voc(exports, tmp_path):
 def work(exports, tmp_path):
     """A copy of the exported folder of one's own."""
     return Path(shutil.copytree(exports["workpiece"], tmp_path / "work"))
+
+
+@pytest.fixture
+def coco(exports, tmp_path):
+    """A copy of the exported COCO folder."""
+    return Path(shutil.copytree(exports["coco"], tmp_path / "coco", ignore=shutil.ignore_patterns("masks")))
 
 
 def png(path, array):
@@ -411,15 +417,16 @@ def test_shapes_takes_a_list(tmp_path):
 
 
 @pytest.mark.parametrize("supervision", SUPERVISIONS)
-@pytest.mark.parametrize("name", ["shapes", "voc", "workpiece"])
+@pytest.mark.parametrize("name", ["shapes", *LAYOUTS])
 def test_a_training_sample_shows_what_the_supervision_reveals(exports, name, supervision):
     setting = args(name, exports.get(name, ""), supervision)
     train = load(setting, "train")
     for sample in (train[0], train[len(train) - 1]):
         assert {"name", "image", "tags"} <= set(vars(sample))
         assert set(vars(sample)) & LABELS == set(data.REVEALS[supervision])
-    assert set(vars(load(setting, "val")[0])) & LABELS == LABELS
-    assert set(vars(load(setting, "train", masks=True)[0])) & LABELS == LABELS
+    shown = LABELS if name != "coco" else {"mask", "instances", "boxes", *data.REVEALS[supervision]}
+    assert set(vars(load(setting, "val")[0])) & LABELS == shown     # COCO ships no points, no scribbles
+    assert set(vars(load(setting, "train", masks=True)[0])) & LABELS == shown
 
 
 @pytest.mark.parametrize("supervision", ["image", "point", "scribble", "box"])
@@ -510,6 +517,21 @@ def test_voc_to_workpiece_and_back(exports, tmp_path, monkeypatch, capsys):
     back, original = load(args("voc", tmp_path / "voc"), "train"), load(args("shapes"), "train")
     assert len(back) == 3
     for i in range(3): assert_same(back[i], original[i], image=False)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_coco_gives_the_same_samples_but_numbers_objects_by_size(exports, split):
+    back, original = load(args("coco", exports["coco"]), split), load(args("shapes"), split)
+    assert back.classes == original.classes and back.names == original.names[:5]
+    for i in range(5):
+        one, two = back[i], original[i]
+        assert one.tags.tolist() == two.tags.tolist() and np.array_equal(one.mask, two.mask)
+        assert sorted(one.boxes.tolist()) == sorted(two.boxes.tolist())
+        pairs = {*zip(one.instances.ravel().tolist(), two.instances.ravel().tolist())}
+        assert len(pairs) == len(np.unique(one.instances)) == len(np.unique(two.instances)), "one to one"
+        sizes = [(one.instances == k).sum() for k in range(1, one.instances.max() + 1)]
+        assert sizes == sorted(sizes, reverse=True)
+        assert [one.mask[int(y), int(x)] for _, x, y in one.points] == one.points[:, 0].tolist()
 
 
 def test_three_forms_of_root(exports, tmp_path):
@@ -680,7 +702,7 @@ def read_all(setting, split="train", masks=False):
 
 
 def test_error_unknown_data_set():
-    assert_error(lambda: load(args("imagenet"), "train"), "imagenet", "shapes, voc, workpiece")
+    assert_error(lambda: load(args("imagenet"), "train"), "imagenet", "shapes, voc, coco, workpiece")
 
 
 def test_error_missing_folder(tmp_path, work):
@@ -810,10 +832,158 @@ def test_error_tables_and_classes(work):
     assert_error(lambda: load(args("workpiece", work, "box"), "train"), "classes.txt", "1 different")
 
 
+# ---------------------------------------------------------------- coco
+
+
+@pytest.fixture
+def scene(tmp_path):
+    """A function that writes two 20 x 10 pictures and their annotations, with COCO's gaps -> root."""
+    categories = [{"id": k, "name": name} for k, name in ((90, "brush"), (1, "person"), (13, "stop sign"))]
+    for split in ("train", "val"):
+        (tmp_path / f"{split}2014").mkdir()
+        for name in "ab":
+            Image.fromarray(np.zeros((10, 20, 3), np.uint8)).save(tmp_path / f"{split}2014" / f"{name}.jpg")
+    (tmp_path / "annotations").mkdir()
+
+    def write(*annotations):
+        images = [{"id": i, "file_name": f"{name}.jpg", "height": 10, "width": 20} for i, name in
+                  ((7, "a"), (5, "b"))]
+        for split in ("train", "val"):
+            table = {"images": images, "annotations": list(annotations), "categories": categories}
+            (tmp_path / "annotations" / f"instances_{split}2014.json").write_text(json.dumps(table))
+        return tmp_path
+    return write
+
+
+def annotation(category, bbox, segmentation, crowd=0, image=7):
+    return {"id": 3, "image_id": image, "category_id": category, "bbox": bbox, "area": 1.0, "iscrowd": crowd,
+            "segmentation": segmentation}
+
+
+SQUARE = annotation(90, [2, 1, 8, 6], [[2, 1, 10, 1, 10, 7, 2, 7]])
+COUNTS = [0, 10 * 6, 140]                                           # columns 0..5, counted down each column
+CROWD = annotation(1, [0, 0, 6, 10], {"size": [10, 20], "counts": COUNTS}, crowd=1)
+
+
+def test_coco_polygons_rle_and_crowds(scene):
+    from pycocotools import mask as rle
+    dot = np.zeros((10, 20), np.uint8)
+    dot[3:5, 8:12] = 1
+    code = rle.encode(np.asfortranarray(dot))
+    small = annotation(13, [8, 3, 4, 2], {"size": [10, 20], "counts": code["counts"].decode()})
+    root = scene(small, CROWD, SQUARE)
+    train = load(args("coco", root), "train")
+    assert train.classes == ["person", "stop sign", "brush"] and train.names == ["a"]   # b has no annotation
+    assert "1 of 2" in train.notes["pictures"]
+    s, expected = train[0], np.zeros((10, 20), int)
+    expected[:, :6], expected[1:7, 2:10], expected[3:5, 8:12] = 255, 3, 2       # the smaller object on top
+    assert np.array_equal(s.mask, expected) and s.tags.tolist() == [True] * 3
+    assert np.array_equal(s.instances, np.select([expected == 3, expected == 2], [1, 2], expected))
+    assert sorted(s.boxes.tolist()) == [[2, 8, 3, 12, 5], [3, 2, 1, 10, 7]]             # a crowd has no box
+    own = {a["category_id"]: rle.decode(a["segmentation"]) for a in train.source.annotations("a")}
+    assert own[1].sum() == 60 and own[3].sum() == 48 and np.array_equal(own[2], dot)
+
+
+def test_coco_masks_are_kept_and_drawn_anew_for_another_file(scene, monkeypatch):
+    root = scene(SQUARE)
+    first = load(args("coco", root), "val")[0]
+    files = [root / "masks" / part / "a.png" for part in ("val2014", "val2014_instances")]
+    assert all(file.is_file() for file in files) and not (root / "masks" / "train2014").exists()
+    assert load(args("coco", root, "box"), "train")[0].boxes.tolist() == [[3, 2, 1, 10, 7]]
+    assert not (root / "masks" / "train2014").exists()                          # boxes need no masks
+    monkeypatch.setattr(data, "draw_coco", lambda *_: pytest.fail("drawn although it is there"))
+    assert np.array_equal(load(args("coco", root), "val")[0].mask, first.mask)
+    monkeypatch.undo()
+    scene(annotation(1, [0, 0, 4, 4], [[0, 0, 4, 0, 4, 4, 0, 4]]))
+    later = files[0].stat().st_mtime + 5
+    os.utime(root / "annotations" / "instances_val2014.json", (later, later))
+    assert set(np.unique(load(args("coco", root), "val")[0].mask)) == {0, 1}
+
+
+def test_coco_masks_where_nothing_can_be_written(scene):
+    root = scene(SQUARE)
+    (root / "masks").write_text("not a folder")
+    assert (load(args("coco", root), "val")[0].mask == 3).sum() == 48
+
+
+def test_two_processes_draw_the_same_coco_masks(coco):
+    code = ("import sys, types; from data import load\n"
+            "args = types.SimpleNamespace(data='coco', root=sys.argv[1], train_list='train', "
+            "supervision='full')\n"
+            "for _ in range(3): print([int(s.mask.sum()) for s in load(args, 'train')])")
+    import concurrent.futures
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        outputs = [done.stdout for done in pool.map(lambda _: sh("-c", code, coco), range(2))]
+    assert outputs[0] == outputs[1] and len(set(outputs[0].split("\n"))) == 2
+    assert len(list((coco / "masks").rglob("*"))) == 2 + 2 * 5                  # nothing temporary is left
+
+
+@pytest.mark.parametrize("segmentation", [[], [[]], [[1, 1, 4, 4]]], ids=["none", "empty", "two points"])
+def test_coco_empty_annotations(scene, segmentation):
+    root = scene(SQUARE, annotation(1, [1, 1, 3, 3], segmentation), annotation(13, [0, 0, 0, 5], [[]]))
+    s = load(args("coco", root), "train")[0]
+    assert s.boxes.tolist() == [[3, 2, 1, 10, 7], [1, 1, 1, 4, 4]] and s.tags.tolist() == [True, False, True]
+    assert set(np.unique(s.mask)) == {0, 3} and set(np.unique(s.instances)) == {0, 1}
+
+
+def test_error_coco(scene, tmp_path):
+    setting = args("coco", tmp_path)
+    assert_error(lambda: load(setting, "train"), "instances_train2014.json", "2017", data.COCO_PAGE, "--root")
+    scene(SQUARE, annotation(12, [0, 0, 4, 4], [[0, 0, 4, 0, 4, 4]]))
+    assert_error(lambda: load(setting, "train"), "category 12", "instances_train2014.json")
+    scene(annotation(1, [0, 0, 4, 4], [[0, 0, 4, 0, 4, 4]], image=6))
+    assert_error(lambda: load(setting, "train"), "picture 6", "instances_train2014.json")
+    scene()
+    assert_error(lambda: load(setting, "train"), "no annotation")
+    scene(annotation(1, [0, 0, 4, 4], {"size": [9, 9], "counts": [0, 81]}))
+    assert_error(lambda: read_all(setting), "annotation of a", "[9, 9]")
+    scene(annotation(1, [18, 0, 40, 4], [[0, 0, 4, 0, 4, 4]]))
+    assert_error(lambda: read_all(setting), "person at 18", "20x10")
+    scene(SQUARE)
+    Image.fromarray(np.zeros((20, 10, 3), np.uint8)).save(tmp_path / "train2014" / "a.jpg")
+    assert_error(lambda: read_all(setting), "a.jpg is 10x20 pixels, but 20x10")
+    (tmp_path / "train2014" / "a.jpg").unlink()
+    assert_error(lambda: load(setting, "train"), "train2014 lacks 1 of 1", "(a)")
+    (tmp_path / "annotations" / "instances_train2014.json").write_text("[]")
+    assert_error(lambda: load(setting, "train"), "annotation file", "instances_train2014.json")
+
+
+def test_coco_takes_a_list(coco, tmp_path):
+    (tmp_path / "few.txt").write_text("train_0003.jpg\ntrain_0001\n")
+    train = load(args("coco", coco, "box", tmp_path / "few.txt"), "train")
+    assert train.names == ["train_0003", "train_0001"] and len(load(args("coco", coco), "val")) == 5
+    (tmp_path / "few.txt").write_text("train_0009\n")
+    setting = args("coco", coco, "box", tmp_path / "few.txt")
+    assert_error(lambda: load(setting, "train"), "train_0009", "few.txt")
+
+
+@pytest.mark.skipif(not (REAL.parent / "coco").is_dir(), reason="WSSS_DATA names no folder with coco")
+def test_coco_slice_is_read(tmp_path):
+    from pycocotools.coco import COCO
+    for part in ("annotations", "train2017", "val2017"):
+        (tmp_path / part).symlink_to(REAL.parent / "coco" / part)
+    train, val = (load(args("coco", tmp_path, "box"), split) for split in ("train", "val"))
+    assert (len(train), len(val), len(train.classes)) == (30, 10, 80) and train.classes[-1] == "toothbrush"
+    theirs = COCO(val.source.file)
+    for i in range(0, 10, 3):
+        s = val[i]
+        number, = (k for k, image in theirs.imgs.items() if image["file_name"] == f"{s.name}.jpg")
+        own = theirs.imgToAnns[number]
+        single = [a for a in own if not a["iscrowd"]]
+        ids = sorted(theirs.cats)
+        assert {ids[k] for k in np.flatnonzero(s.tags)} == {a["category_id"] for a in own}
+        assert len(s.boxes) == len(single)
+        assert all(np.allclose(box[1:3], a["bbox"][:2], atol=1) for box, a in zip(s.boxes, single))
+        union = np.any([theirs.annToMask(a) for a in single], axis=0)
+        assert np.array_equal(union, (s.mask != 0) & (s.mask != 255)), "objects lie on top of crowds"
+        small = min(single, key=lambda a: a["area"])                            # nothing lies on top of it
+        assert (s.mask[theirs.annToMask(small) > 0] == ids.index(small["category_id"]) + 1).all()
+
+
 # ---------------------------------------------------------------- commands
 
 
-def test_check_says_what_is_there(voc, work, monkeypatch, capsys):
+def test_check_says_what_is_there(voc, work, coco, monkeypatch, capsys):
     status, out = command(monkeypatch, capsys, "check", "--data", "voc", "--root", voc.parent)
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
     assert status == 0 and rows["JPEGImages"] == ["10", "ok"] and rows["train_aug"] == ["5", "ok"]
@@ -828,6 +998,8 @@ def test_check_says_what_is_there(voc, work, monkeypatch, capsys):
     assert "none of aeroplane, bicycle" in status                       # the XML's classes are not VOC's 20
     status, out = command(monkeypatch, capsys, "check", "--data", "workpiece", "--root", work)
     assert status == 0 and out.count("ok") >= 14
+    status, out = command(monkeypatch, capsys, "check", "--data", "coco", "--root", coco)
+    assert status == 0 and "5 with objects, 8 classes" in out and "train samples read" in out
 
 
 def test_check_finds_black_and_white_masks(work, monkeypatch, capsys):
