@@ -82,9 +82,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (
-    ASPP, CRF, ConfusionMatrix, DeepLab, PSPNet, Run, UserError, contact_sheet, dense_crf, label_probs,
-    make_backbone, overlay, parse_args, poly, rank, read_state, reduce, save_image, save_label, save_npz,
-    shard, start_processes, world)
+    ASPP, CRF, ConfusionMatrix, DeepLab, PSPNet, Run, UserError, contact_sheet, dense_crf, detector_schedule,
+    instance_aps, instance_overlay, label_probs, make_backbone, mask_rcnn, numbered, overlay, parse_args,
+    poly, rank, read_instances, read_state, reduce, save_image, save_instances, save_label, save_npz, shard,
+    start_processes, world)
 from data import (
     Draws, Sample, changed, coco_annotations, color_jitter, crop, derive_boxes, flip, load, normalise,
     objects_of, read_image, read_label, rescale, resize_long, with_labels)
@@ -1436,49 +1437,14 @@ def write_pseudo_instances(args, run, train_set):
                            masks.any((1, 2)).astype(float))
 
 
-def save_instances(path, masks, classes, scores):
-    """masks (M,H,W) bool, classes (M,) from 1, scores (M,)"""
-    save_npz(path, masks=masks, classes=classes, scores=scores)
-
-
-def read_instances(path):
-    with np.load(path) as file:
-        return file["masks"], file["classes"], file["scores"]
-
-
-class Pyramid(nn.Module):
-    """Feature pyramid over all taps of a backbone.   (B,3,H,W) -> {"0": (B,width,h,w), …, "pool": …}"""
-
-    def __init__(self, backbone, width):
-        from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
-
-        super().__init__()
-        self.backbone, self.out_channels = backbone, width
-        self.fpn = FeaturePyramidNetwork(backbone.channels, width, LastLevelMaxPool())
-
-    def forward(self, image):
-        return self.fpn({str(i): tap for i, tap in enumerate(self.backbone(image))})
-
-
 def make_detector(backbone, weights, size, width, rois, classes):
-    """Mask R-CNN of torchvision with FPN. [D14]   size: longer side that pictures are brought to"""
-    from torchvision.models.detection import MaskRCNN
-    from torchvision.models.detection.anchor_utils import AnchorGenerator
-    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-
+    """Mask R-CNN. [D14]   size: longer side that pictures are brought to"""
     stride = 16 if backbone in ("tiny", "vgg16") else 32                                # as it is by nature
     start = pretrained(backbone, weights)
     net = make_backbone(backbone, weights_of(backbone, weights), stride, start)
     if start:
         net.blocks[0].requires_grad_(False)  # as Detectron: FREEZE_AT 2
-    sides = tuple((8 * s,) for s in (*net.strides, 2 * net.strides[-1]))  # ResNets: 32 … 512, as Detectron
-    return MaskRCNN(
-        Pyramid(net, width), min_size=size, max_size=size, image_mean=[0, 0, 0], image_std=[1, 1, 1],
-        rpn_anchor_generator=AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * len(sides)),
-        box_head=TwoMLPHead(49 * width, 4 * width), box_predictor=FastRCNNPredictor(4 * width, classes + 1),
-        mask_head=MaskRCNNHeads(width, (width,) * 4, 1),
-        mask_predictor=MaskRCNNPredictor(width, width, classes + 1), box_batch_size_per_image=rois)
+    return mask_rcnn(net, size, width, rois, classes)
 
 
 class Objects(torch.utils.data.Dataset):
@@ -1520,14 +1486,6 @@ def detector_targets(batch):
         targets.append({"boxes": boxes[kept, 1:], "labels": classes[boxes[kept, 0].long() - 1],
                         "masks": masks[kept].byte()})
     return targets
-
-
-def detector_schedule(steps, warmup):
-    """Detectron's: up from a third, then a tenth after 2/3 and a hundredth after 8/9 of the steps."""
-    def factor(step):
-        rise = min(1, 1 / 3 + 2 / 3 * step / max(1, warmup))
-        return rise * 0.1 ** ((step >= steps * 2 / 3) + (step >= steps * 8 / 9))
-    return factor
 
 
 def train_detector(args, run, train_set):
@@ -1617,65 +1575,20 @@ def confusion_of(dataset, label_of):
     return confusion.reduce()
 
 
-def mask_ious(masks, truths):
-    """(P,H,W), (G,H,W) bool -> (P,G)"""
-    a, b = (m.reshape(len(m), m.shape[1] * m.shape[2]).astype(np.float32) for m in (masks, truths))
-    common = a @ b.T
-    return common / np.maximum(a.sum(1)[:, None] + b.sum(1) - common, 1)
+def instance_pairs(dataset, read):
+    """True and found instances, picture by picture; pictures without instance masks (SBD's) are left out.
 
-
-def match(ious, threshold):
-    """Which predictions hit: those whose best object has IoU ≥ threshold and was not hit by a better one.
-
-    ious (P,G) of one class in one image, predictions in falling order of score -> (P,) bool
+    read(name) -> masks, classes, scores
     """
-    hits, taken = np.zeros(len(ious), bool), set()
-    for p, row in enumerate(ious if ious.shape[1] else ()):
-        g = row.argmax()
-        if row[g] >= threshold and g not in taken:
-            hits[p] = True
-            taken.add(g)
-    return hits
-
-
-def area_under_curve(scores, hits, objects):
-    """VOC's average precision: area under precision over recall, precision made to fall.   -> in [0,1]"""
-    hits = np.asarray(hits, bool)[np.argsort(-np.asarray(scores), kind="stable")]
-    true = np.cumsum(hits)
-    precision = true / np.arange(1, len(hits) + 1)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(envelope[hits].sum() / objects)  # recall rises by 1/objects at each hit
-
-
-def instance_aps(dataset, read, thresholds=(0.5, 0.7, 0.75)):
-    """AP^r: mean over the classes that have objects, percent.   read(name) -> masks, classes, scores
-    -> {ap50: …, ap70: …, ap75: …}, number of images, those without instance masks left out"""
-    objects = dict.fromkeys(range(1, len(dataset.classes) + 1), 0)
-    found = {(c, t): ([], []) for c in objects for t in thresholds}                     # scores, hits
-    images = 0
-    for i in range(len(dataset)):
-        s = dataset[i]
-        if not hasattr(s, "instances"):
-            continue
-        images, truth, (masks, classes, scores) = images + 1, objects_of(s.mask, s.instances), read(s.name)
-        for c in {*classes.tolist(), *(c for c, _ in truth)}:
-            own = np.flatnonzero(classes == c)
-            own = own[np.argsort(-scores[own], kind="stable")]
-            real = np.array([mask for k, mask in truth if k == c], bool).reshape(-1, *s.mask.shape)
-            objects[c] += len(real)
-            ious = mask_ious(masks[own], real)
-            for t in thresholds:
-                found[c, t][0].extend(scores[own].tolist())
-                found[c, t][1].extend(match(ious, t).tolist())
-    present = [c for c, count in objects.items() if count]
-    aps = {t: [area_under_curve(*found[c, t], objects[c]) for c in present] for t in thresholds}
-    return {f"ap{100 * t:.0f}": 100 * float(np.mean(aps[t])) if present else None for t in thresholds}, images
+    for sample in (dataset[i] for i in range(len(dataset))):
+        if hasattr(sample, "instances"):
+            yield objects_of(sample.mask, sample.instances), read(sample.name)
 
 
 def coco_aps(dataset, read):
     """COCO's AP over IoU 0.5 … 0.95, at 0.5 and 0.75, and of small, medium and large objects; percent.
 
-    read as for instance_aps. --data coco is scored on its file's own annotations, with crowds and overlaps.
+    read as for instance_pairs. --data coco is scored on its file's own annotations, with crowds and overlaps.
     """
     from pycocotools import mask as rle
     from pycocotools.coco import COCO
@@ -1721,7 +1634,7 @@ def evaluate_labels(args, run, split):
     def aps(folder):
         def read(name):
             return read_instances(run.path(folder, name, ".npz"))
-        values, images = instance_aps(truth, read)
+        values, images = instance_aps(instance_pairs(truth, read), len(truth.classes))
         return {"n_images": images, **values, **coco_aps(truth, read)}
 
     def result(stage, confusion, timed, **values):
@@ -1764,19 +1677,6 @@ def seeds_with_crf(sample, seed, crf, backend, device):
     local[present] = range(len(present))
     prob = label_probs(local[seed], len(present))
     return present[dense_crf([sample.image], [prob], crf, backend, device=device)[0].argmax(0)]
-
-
-def numbered(masks, scores):
-    """Instances as one label map, the surest on top.   (M,H,W) -> (H,W) uint8, 0 = none"""
-    label = np.zeros(masks.shape[1:], np.uint8)
-    for k in np.argsort(scores, kind="stable"):
-        label[masks[k]] = k % 254 + 1
-    return label
-
-
-def instance_overlay(image, masks, scores, least):
-    """Instances of at least this score over the picture."""
-    return overlay(image, numbered(masks[scores >= least], scores[scores >= least]))
 
 
 def save_panels(args, run, split):

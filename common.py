@@ -225,6 +225,17 @@ def save_label(path, label):
     save_image(path, image)
 
 
+def save_instances(path, masks, classes, scores):
+    """One picture's instances.   masks (M,H,W) bool, classes (M,) from 1, scores (M,)"""
+    save_npz(path, masks=masks, classes=classes, scores=scores)
+
+
+def read_instances(path):
+    """-> masks (M,H,W) bool, classes (M,), scores (M,)"""
+    with np.load(path) as file:
+        return file["masks"], file["classes"], file["scores"]
+
+
 @functools.cache
 def voc_palette():
     """(256,3) uint8: the bits of a number go in turn to red, green and blue, there highest bit first."""
@@ -984,6 +995,48 @@ def conv_norm(inputs, outputs, kernel):
     return conv, nn.BatchNorm2d(outputs), nn.ReLU()
 
 
+class Pyramid(nn.Module):
+    """Feature pyramid over all taps of a backbone.   (B,3,H,W) -> {"0": (B,width,h,w), …, "pool": …}"""
+
+    def __init__(self, backbone, width):
+        from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+
+        super().__init__()
+        self.backbone, self.out_channels = backbone, width
+        self.fpn = FeaturePyramidNetwork(backbone.channels, width, LastLevelMaxPool())
+
+    def forward(self, image):
+        return self.fpn({str(i): tap for i, tap in enumerate(self.backbone(image))})
+
+
+def mask_rcnn(net, size, width, rois, classes):
+    """torchvision's Mask R-CNN with a feature pyramid on a Backbone.
+
+    size: longer side that pictures are brought to; width: channels of pyramid and mask head, the box head has
+    four times as many; rois: boxes that an image's losses are taken of
+    """
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+
+    sides = tuple((8 * s,) for s in (*net.strides, 2 * net.strides[-1]))  # ResNets: 32 … 512, as Detectron
+    return MaskRCNN(
+        Pyramid(net, width), min_size=size, max_size=size, image_mean=[0, 0, 0], image_std=[1, 1, 1],
+        rpn_anchor_generator=AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * len(sides)),
+        box_head=TwoMLPHead(49 * width, 4 * width), box_predictor=FastRCNNPredictor(4 * width, classes + 1),
+        mask_head=MaskRCNNHeads(width, (width,) * 4, 1),
+        mask_predictor=MaskRCNNPredictor(width, width, classes + 1), box_batch_size_per_image=rois)
+
+
+def detector_schedule(steps, warmup):
+    """Detectron's: up from a third, then a tenth after 2/3 and a hundredth after 8/9 of the steps."""
+    def factor(step):
+        rise = min(1, 1 / 3 + 2 / 3 * step / max(1, warmup))
+        return rise * 0.1 ** ((step >= steps * 2 / 3) + (step >= steps * 8 / 9))
+    return factor
+
+
 # ── Gaussian filtering on the permutohedral lattice ─────────────────────────────────────────────────────────
 
 class PermutohedralLattice:
@@ -1376,6 +1429,61 @@ class ConfusionMatrix:
         return 100 * self.counts[:, :-1].sum().item() / pixels if pixels else None
 
 
+def mask_ious(masks, truths):
+    """(P,H,W), (G,H,W) bool -> (P,G)"""
+    a, b = (m.reshape(len(m), m.shape[1] * m.shape[2]).astype(np.float32) for m in (masks, truths))
+    common = a @ b.T
+    return common / np.maximum(a.sum(1)[:, None] + b.sum(1) - common, 1)
+
+
+def match(ious, threshold):
+    """Which predictions hit: those whose best object has IoU ≥ threshold and was not hit by a better one.
+
+    ious (P,G) of one class in one image, predictions in falling order of score -> (P,) bool
+    """
+    hits, taken = np.zeros(len(ious), bool), set()
+    for p, row in enumerate(ious if ious.shape[1] else ()):
+        g = row.argmax()
+        if row[g] >= threshold and g not in taken:
+            hits[p] = True
+            taken.add(g)
+    return hits
+
+
+def area_under_curve(scores, hits, objects):
+    """VOC's average precision: area under precision over recall, precision made to fall.   -> in [0,1]"""
+    hits = np.asarray(hits, bool)[np.argsort(-np.asarray(scores), kind="stable")]
+    true = np.cumsum(hits)
+    precision = true / np.arange(1, len(hits) + 1)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(envelope[hits].sum() / objects)  # recall rises by 1/objects at each hit
+
+
+def instance_aps(pictures, classes, thresholds=(0.5, 0.7, 0.75)):
+    """VOC's AP of instance masks: mean over the classes that have objects, percent.
+
+    pictures: pairs of the true objects [(class, mask (H,W)), …] and the found (masks, classes, scores)
+    -> {ap50: …, ap70: …, ap75: …}, number of pictures
+    """
+    objects = dict.fromkeys(range(1, classes + 1), 0)
+    found = {(c, t): ([], []) for c in objects for t in thresholds}                     # scores, hits
+    images = 0
+    for truth, (masks, labels, scores) in pictures:
+        images += 1
+        for c in {*labels.tolist(), *(c for c, _ in truth)}:
+            own = np.flatnonzero(labels == c)
+            own = own[np.argsort(-scores[own], kind="stable")]
+            real = np.array([mask for k, mask in truth if k == c], bool).reshape(-1, *masks.shape[1:])
+            objects[c] += len(real)
+            ious = mask_ious(masks[own], real)
+            for t in thresholds:
+                found[c, t][0].extend(scores[own].tolist())
+                found[c, t][1].extend(match(ious, t).tolist())
+    present = [c for c, count in objects.items() if count]
+    aps = {t: [area_under_curve(*found[c, t], objects[c]) for c in present] for t in thresholds}
+    return {f"ap{100 * t:.0f}": 100 * float(np.mean(aps[t])) if present else None for t in thresholds}, images
+
+
 # ── Pictures ────────────────────────────────────────────────────────────────────────────────────────────────
 
 def colour(cell):
@@ -1415,3 +1523,16 @@ def contact_sheet(path, rows, titles, height=160, gap=4):
                 sheet.paste(row[i], (left, 20 + j * (height + gap)))
         left += width + gap
     save_image(path, sheet)
+
+
+def numbered(masks, scores):
+    """Instances as one label map, the surest on top.   (M,H,W) -> (H,W) uint8, 0 = none"""
+    label = np.zeros(masks.shape[1:], np.uint8)
+    for k in np.argsort(scores, kind="stable"):
+        label[masks[k]] = k % 254 + 1
+    return label
+
+
+def instance_overlay(image, masks, scores, least):
+    """Instances of at least this score over the picture."""
+    return overlay(image, numbered(masks[scores >= least], scores[scores >= least]))

@@ -64,9 +64,10 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from common import (
-    ASPP, CRF, ConfusionMatrix, DeepLab, Run, UserError, contact_sheet, dense_crf, label_probs,
-    make_backbone, overlay, parse_args, poly, rank, read_state, reduce, save_image, save_label, save_npz,
-    shard, start_processes, world)
+    ASPP, CRF, ConfusionMatrix, DeepLab, Run, UserError, contact_sheet, dense_crf, detector_schedule,
+    instance_aps, instance_overlay, label_probs, make_backbone, mask_rcnn, numbered, overlay, parse_args,
+    poly, rank, read_instances, read_state, reduce, save_image, save_instances, save_label, save_npz, shard,
+    start_processes, world)
 from data import (
     Draws, Sample, crop, flip, load, normalise, objects_of, read_image, read_label, rescale,
     resize_long, with_labels)
@@ -76,7 +77,7 @@ from data import (
 @dataclass
 class Args:
     # --- task ---
-    data: Literal["shapes", "voc", "workpiece"] = "shapes"
+    data: Literal["shapes", "voc", "coco", "workpiece"] = "shapes"
     """data set of data.py; shapes is drawn on the fly, workpiece is any folder of your own"""
     supervision: Literal["image", "full"] = "image"
     """what the training set may reveal; full = the same two networks on ground truth (upper bounds)"""
@@ -807,16 +808,6 @@ def synthesise_labels(args, run, stride, train_set):
                 save_label(run.path("pseudo", name), semantic[rows["boundary"][0]])
 
 
-def save_instances(path, masks, classes, scores):
-    """masks (M,H,W) bool, classes (M,) from 1, scores (M,)"""
-    save_npz(path, masks=masks, classes=classes, scores=scores)
-
-
-def read_instances(path):
-    with np.load(path) as file:
-        return file["masks"], file["classes"], file["scores"]
-
-
 def make_segmenter(backbone, weights, stride, rates, classes):
     net = make_backbone(backbone, weights_of(backbone, weights), stride, pretrained(backbone, weights))
     return DeepLab(net, ASPP(net.channels[-1], classes + 1, rates))                            # [D2]
@@ -853,39 +844,14 @@ def train_segmenter(args, run, train_set):
 
 
 # ── Mask R-CNN (§6.3, §A.2.1) ───────────────────────────────────────────────────────────────────────────────
-class Pyramid(nn.Module):
-    """Feature pyramid over all taps of a backbone.   (B,3,H,W) -> {"0": (B,width,h,w), …, "pool": …}"""
-
-    def __init__(self, backbone, width):
-        from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
-
-        super().__init__()
-        self.backbone, self.out_channels = backbone, width
-        self.fpn = FeaturePyramidNetwork(backbone.channels, width, LastLevelMaxPool())
-
-    def forward(self, image):
-        return self.fpn({str(i): tap for i, tap in enumerate(self.backbone(image))})
-
-
 def make_detector(backbone, weights, size, width, rois, classes):
-    """Mask R-CNN of torchvision with FPN. [D14]   size: longer side that pictures are brought to"""
-    from torchvision.models.detection import MaskRCNN
-    from torchvision.models.detection.anchor_utils import AnchorGenerator
-    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-
+    """Mask R-CNN. [D14]   size: longer side that pictures are brought to"""
     stride = 16 if backbone in ("tiny", "vgg16") else 32                                # as it is by nature
     start = pretrained(backbone, weights)
     net = make_backbone(backbone, weights_of(backbone, weights), stride, start)
     if start:
         net.blocks[0].requires_grad_(False)  # as Detectron: FREEZE_AT 2
-    sides = tuple((8 * s,) for s in (*net.strides, 2 * net.strides[-1]))  # ResNets: 32 … 512, as Detectron
-    return MaskRCNN(
-        Pyramid(net, width), min_size=size, max_size=size, image_mean=[0, 0, 0], image_std=[1, 1, 1],
-        rpn_anchor_generator=AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * len(sides)),
-        box_head=TwoMLPHead(49 * width, 4 * width), box_predictor=FastRCNNPredictor(4 * width, classes + 1),
-        mask_head=MaskRCNNHeads(width, (width,) * 4, 1),
-        mask_predictor=MaskRCNNPredictor(width, width, classes + 1), box_batch_size_per_image=rois)
+    return mask_rcnn(net, size, width, rois, classes)
 
 
 class Instances(torch.utils.data.Dataset):
@@ -929,14 +895,6 @@ def targets_of(instances, label):
                         "labels": torch.stack(labels) if kept else number.new_zeros(0),
                         "masks": torch.stack(masks).byte() if kept else empty.byte()})
     return targets
-
-
-def detector_schedule(steps, warmup):
-    """Detectron's: up from a third, then a tenth after 2/3 and a hundredth after 8/9 of the steps."""
-    def factor(step):
-        rise = min(1, 1 / 3 + 2 / 3 * step / max(1, warmup))
-        return rise * 0.1 ** ((step >= steps * 2 / 3) + (step >= steps * 8 / 9))
-    return factor
 
 
 def train_detector(args, run, train_set):
@@ -1006,61 +964,6 @@ def write_instances(args, run, net, val_set):
             save_instances(run.path("instances_val", name, ".npz"), *found)
 
 
-def mask_ious(masks, truths):
-    """(P,H,W), (G,H,W) bool -> (P,G)"""
-    a, b = (m.reshape(len(m), m.shape[1] * m.shape[2]).astype(np.float32) for m in (masks, truths))
-    common = a @ b.T
-    return common / np.maximum(a.sum(1)[:, None] + b.sum(1) - common, 1)
-
-
-def match(ious, threshold):
-    """Which predictions hit: those whose best object has IoU ≥ threshold and was not hit by a better one.
-
-    ious (P,G) of one class in one image, predictions in falling order of score -> (P,) bool
-    """
-    hits, taken = np.zeros(len(ious), bool), set()
-    for p, row in enumerate(ious if ious.shape[1] else ()):
-        g = row.argmax()
-        if row[g] >= threshold and g not in taken:
-            hits[p] = True
-            taken.add(g)
-    return hits
-
-
-def area_under_curve(scores, hits, objects):
-    """VOC's average precision: area under precision over recall, precision made to fall.   -> in [0,1]"""
-    hits = np.asarray(hits, bool)[np.argsort(-np.asarray(scores), kind="stable")]
-    true = np.cumsum(hits)
-    precision = true / np.arange(1, len(hits) + 1)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(envelope[hits].sum() / objects)  # recall rises by 1/objects at each hit
-
-
-def instance_aps(dataset, read, thresholds=(0.5, 0.7, 0.75)):
-    """AP^r: mean over the classes that have objects, percent.   read(name) -> masks, classes, scores
-    -> {ap50: …, ap70: …, ap75: …}, number of images, those without instance masks left out"""
-    objects = dict.fromkeys(range(1, len(dataset.classes) + 1), 0)
-    found = {(c, t): ([], []) for c in objects for t in thresholds}                     # scores, hits
-    images = 0
-    for i in range(len(dataset)):
-        s = dataset[i]
-        if not hasattr(s, "instances"):
-            continue
-        images, truth, (masks, classes, scores) = images + 1, objects_of(s.mask, s.instances), read(s.name)
-        for c in {*classes.tolist(), *(c for c, _ in truth)}:
-            own = np.flatnonzero(classes == c)
-            own = own[np.argsort(-scores[own], kind="stable")]
-            real = np.array([mask for k, mask in truth if k == c], bool).reshape(-1, *s.mask.shape)
-            objects[c] += len(real)
-            ious = mask_ious(masks[own], real)
-            for t in thresholds:
-                found[c, t][0].extend(scores[own].tolist())
-                found[c, t][1].extend(match(ious, t).tolist())
-    present = [c for c, count in objects.items() if count]
-    aps = {t: [area_under_curve(*found[c, t], objects[c]) for c in present] for t in thresholds}
-    return {f"ap{100 * t:.0f}": 100 * float(np.mean(aps[t])) if present else None for t in thresholds}, images
-
-
 def confusion_of(dataset, label_of):
     """ConfusionMatrix over a data set with masks; label_of(sample) -> (H,W), 255 = unlabelled."""
     confusion = ConfusionMatrix(["background", *dataset.classes])
@@ -1068,6 +971,16 @@ def confusion_of(dataset, label_of):
         sample = dataset[i]
         confusion.add(label_of(sample), sample.mask)
     return confusion.reduce()
+
+
+def instance_pairs(dataset, read):
+    """True and found instances, picture by picture; pictures without instance masks (SBD's) are left out.
+
+    read(name) -> masks, classes, scores
+    """
+    for sample in (dataset[i] for i in range(len(dataset))):
+        if hasattr(sample, "instances"):
+            yield objects_of(sample.mask, sample.instances), read(sample.name)
 
 
 def evaluate_labels(args, run, split):
@@ -1080,7 +993,8 @@ def evaluate_labels(args, run, split):
         return confusion_of(truth, lambda s: read_label(run.path(folder, s.name), truth.classes))
 
     def aps(folder):
-        return instance_aps(truth, lambda name: read_instances(run.path(folder, name, ".npz")))
+        pairs = instance_pairs(truth, lambda name: read_instances(run.path(folder, name, ".npz")))
+        return instance_aps(pairs, len(truth.classes))
 
     def result(stage, confusion, timed, **values):
         values = {"n_images": len(truth), **values}
@@ -1109,19 +1023,6 @@ def field_colours(D):
     hsv = np.stack([hue, length / max(length.max(), 1e-8), np.ones_like(hue)])
     channels = [Image.fromarray(channel) for channel in (255 * hsv).astype(np.uint8)]
     return np.array(Image.merge("HSV", channels).convert("RGB"))
-
-
-def numbered(masks, scores):
-    """Instances as one label map, the surest on top.   (M,H,W) -> (H,W) uint8, 0 = none"""
-    label = np.zeros(masks.shape[1:], np.uint8)
-    for k in np.argsort(scores, kind="stable"):
-        label[masks[k]] = k % 254 + 1
-    return label
-
-
-def instance_overlay(image, masks, scores, least):
-    """Instances of at least this score over the picture."""
-    return overlay(image, numbered(masks[scores >= least], scores[scores >= least]))
 
 
 def draw_panels(args, run, split):

@@ -80,7 +80,7 @@ from data import (
 @dataclass
 class Args:
     # --- task ---
-    data: Literal["shapes", "voc", "workpiece"] = "shapes"
+    data: Literal["shapes", "voc", "coco", "workpiece"] = "shapes"
     """data set of data.py; shapes is drawn on the fly, workpiece is any folder of your own"""
     supervision: Literal["image", "full"] = "image"
     """what the training set may reveal; full = the same networks on ground truth (upper bound) [D14]"""

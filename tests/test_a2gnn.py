@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 import a2gnn
+import common
 import data
 from common import ConfusionMatrix, Run, make_backbone, save_label
 from conftest import ROOT, kill_when, sh
@@ -1044,7 +1045,7 @@ def test_pseudo_instances_of_true_labels_are_the_objects():
 
 def written_instances(folder, s):
     masks = a2gnn.instances_in_boxes(s.mask, s.boxes)
-    a2gnn.save_instances(folder / f"{s.name}.npz", masks, s.boxes[:, 0].astype(int), masks.any((1, 2)))
+    common.save_instances(folder / f"{s.name}.npz", masks, s.boxes[:, 0].astype(int), masks.any((1, 2)))
     return masks
 
 
@@ -1311,7 +1312,7 @@ def test_runs_for_instances(instances, finished):
 def test_pseudo_instances_are_the_labels_in_the_boxes(instances, folders):
     train = load(arguments(data="workpiece", root=str(folders["workpiece"])), "train")
     for s in train:
-        masks, classes, scores = a2gnn.read_instances(instances / "instances" / f"{s.name}.npz")
+        masks, classes, scores = common.read_instances(instances / "instances" / f"{s.name}.npz")
         label = read_label(instances / "pseudo" / f"{s.name}.png")
         assert (classes == s.boxes[:, 0]).all() and (scores == masks.any((1, 2))).all()
         assert (masks == a2gnn.instances_in_boxes(label, s.boxes)).all()
@@ -1335,11 +1336,11 @@ def test_instances_on_full_masks_and_predicted(folders, tmp_path):
     picture = sorted((tmp_path / "coco" / "val2017").iterdir())[0]
     run_here("a2gnn.py", "--predict", picture, "--checkpoint", tmp_path / "run" / "detector.pt", "--out",
              tmp_path / "p", "--device", "cpu")
-    mine, theirs = (a2gnn.read_instances(folder / f"{picture.stem}.npz") for folder in
+    mine, theirs = (common.read_instances(folder / f"{picture.stem}.npz") for folder in
                     (tmp_path / "p" / "predict", tmp_path / "run" / "val_instance_crf"))
     assert all((a == b).all() for a, b in zip(mine, theirs, strict=True))
     label = read_label(tmp_path / "p" / "predict" / f"{picture.stem}.png", None, read_image(picture))
-    assert (label == a2gnn.numbered(mine[0][mine[2] >= 0.5], mine[2][mine[2] >= 0.5])).all()
+    assert (label == common.numbered(mine[0][mine[2] >= 0.5], mine[2][mine[2] >= 0.5])).all()
     assert (tmp_path / "p" / "predict" / f"{picture.stem}_overlay.png").exists()
 
 

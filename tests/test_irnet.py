@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 
+import common
 import irnet
 from common import CRF, ConfusionMatrix, Run, dense_crf, make_backbone, save_label
 from conftest import kill_when, sh
@@ -416,21 +417,21 @@ def test_touching_instances_need_the_displacement_field():
 def test_mask_ious():
     a = np.stack([mask_of("1100 1100"), mask_of("0000 0001")])
     b = np.stack([mask_of("0110 0110"), mask_of("1100 1100"), mask_of("0000 0000")])
-    assert close(irnet.mask_ious(a, b), np.float32([[1 / 3, 1, 0], [0, 0, 0]]))
-    assert irnet.mask_ious(a[:0], b).shape == (0, 3) and irnet.mask_ious(a, b[:0]).shape == (2, 0)
+    assert close(common.mask_ious(a, b), np.float32([[1 / 3, 1, 0], [0, 0, 0]]))
+    assert common.mask_ious(a[:0], b).shape == (0, 3) and common.mask_ious(a, b[:0]).shape == (2, 0)
 
 
 def test_matching_takes_each_object_once():
     ious = np.array([[0.6, 0.55], [0.9, 0.1], [0.2, 0.5], [0.4, 0.3]])
-    assert irnet.match(ious, 0.5).tolist() == [True, False, True, False]
-    assert irnet.match(ious[:, :0], 0.5).tolist() == [False] * 4
+    assert common.match(ious, 0.5).tolist() == [True, False, True, False]
+    assert common.match(ious[:, :0], 0.5).tolist() == [False] * 4
 
 
 def test_average_precision_by_hand():
     """Hits at ranks 1 and 3 of 3 objects: precision 1 up to recall 1/3, 2/3 up to recall 2/3."""
-    assert close(irnet.area_under_curve([0.5, 0.9, 0.7], [True, True, False], 3), (1 + 2 / 3) / 3)
-    assert irnet.area_under_curve([], [], 3) == 0 and irnet.area_under_curve([0.1], [True], 1) == 1
-    assert close(irnet.area_under_curve([0.9, 0.8, 0.7], [False, True, True], 2), 2 / 3)  # the envelope
+    assert close(common.area_under_curve([0.5, 0.9, 0.7], [True, True, False], 3), (1 + 2 / 3) / 3)
+    assert common.area_under_curve([], [], 3) == 0 and common.area_under_curve([0.1], [True], 1) == 1
+    assert close(common.area_under_curve([0.9, 0.8, 0.7], [False, True, True], 2), 2 / 3)  # the envelope
 
 
 def voc_ap(scores, hits, objects):
@@ -448,7 +449,7 @@ def test_average_precision_of_random_lists():
     for n in range(1, 30):
         scores, hits = rng.permutation(n) / n, rng.random(n) < 0.5
         objects = hits.sum() + rng.integers(1, 4)
-        assert close(irnet.area_under_curve(scores, hits, objects), voc_ap(scores, hits, objects))
+        assert close(common.area_under_curve(scores, hits, objects), voc_ap(scores, hits, objects))
 
 
 def test_aps_of_true_halved_and_absent_instances():
@@ -464,12 +465,15 @@ def test_aps_of_true_halved_and_absent_instances():
 
     truth = Truth(samples)
 
-    assert irnet.instance_aps(truth, read) == ({"ap50": 100, "ap70": 100, "ap75": 100}, 6)
-    assert irnet.instance_aps(truth, lambda name: read(name, 99))[0]["ap50"] < 100
-    wrong = irnet.instance_aps(truth, lambda name: (read(name)[0], read(name)[1] % 8 + 1, read(name)[2]))
+    def aps(read):
+        return common.instance_aps(irnet.instance_pairs(truth, read), 8)
+
+    assert aps(read) == ({"ap50": 100, "ap70": 100, "ap75": 100}, 6)
+    assert aps(lambda name: read(name, 99))[0]["ap50"] < 100
+    wrong = aps(lambda name: (read(name)[0], read(name)[1] % 8 + 1, read(name)[2]))
     assert wrong[0]["ap50"] < 50
     del samples[0].instances                                         # a picture of SBD
-    assert irnet.instance_aps(truth, read)[1] == 5
+    assert aps(read)[1] == 5
 
 
 def test_targets_of_a_crop():
@@ -485,7 +489,7 @@ def test_targets_of_a_crop():
 def test_instance_maps_of_a_folder_and_of_the_truth(tmp_path):
     s, = shapes(1)
     masks = np.stack([s.instances == 1, s.mask == 0])
-    irnet.save_instances(tmp_path / f"{s.name}.npz", masks, np.array([5, 6]), np.array([0.5, 0]))
+    common.save_instances(tmp_path / f"{s.name}.npz", masks, np.array([5, 6]), np.array([0.5, 0]))
     weak, full = irnet.Instances([s], tmp_path)[0], irnet.Instances([s])[0]
     assert (weak.instances == (s.instances == 1)).all() and (weak.pseudo == 5 * (s.instances == 1)).all()
     assert not hasattr(weak, "mask") and not hasattr(full, "mask")
@@ -495,7 +499,7 @@ def test_instance_maps_of_a_folder_and_of_the_truth(tmp_path):
 
 
 def test_schedule_of_the_detector():
-    factor = irnet.detector_schedule(90, 10)
+    factor = common.detector_schedule(90, 10)
     assert [round(factor(step), 5) for step in (0, 5, 10, 59, 60, 80)] == [0.33333, 0.66667, 1, 1, 0.1, 0.01]
 
 
@@ -594,7 +598,7 @@ def test_a_run_writes_labels_instances_panels_and_checkpoints(finished, folders)
         for folder in ("pseudo", "pseudo_cam"):
             assert set(np.unique(read_label(finished / folder / f"{name}.png"))) <= allowed
         assert set(np.unique(read_label(finished / "relations" / f"{name}.png"))) <= {*allowed, 255}
-        cam = irnet.read_instances(finished / "instances_cam" / f"{name}.npz")
+        cam = common.read_instances(finished / "instances_cam" / f"{name}.npz")
         label = read_label(finished / "pseudo_cam" / f"{name}.png")
         for mask, c in zip(*cam[:2], strict=True): assert (label[mask] == c).all()
         assert (cam[0].any(0) == (label > 0)).all() and cam[0].sum(0).max(initial=0) <= 1
@@ -638,7 +642,7 @@ def test_predicts_a_folder(finished, folders, tmp_path, kind):
         if kind == "segmenter":
             assert (label == read_label(finished / "val_crf" / file.name)).all(), "the run's own prediction"
         else:
-            mine, theirs = (irnet.read_instances(folder / f"{file.stem}.npz") for folder in
+            mine, theirs = (common.read_instances(folder / f"{file.stem}.npz") for folder in
                             (tmp_path / "p" / "predict", finished / "instances_val"))
             assert all((a == b).all() for a, b in zip(mine, theirs, strict=True))
 
@@ -683,7 +687,7 @@ def test_an_image_without_tags_is_background(folders, tmp_path):
     run_here(*command({"workpiece": root}, tmp_path / "run", **flags), "--authors-weights")
     assert not read_label(tmp_path / "run" / "pseudo" / f"{name}.png").any()
     assert read_label(tmp_path / "run" / "pseudo" / f"{name}.png").shape == (33, 47)
-    assert len(irnet.read_instances(tmp_path / "run" / "instances_displacement" / f"{name}.npz")[0]) == 0
+    assert len(common.read_instances(tmp_path / "run" / "instances_displacement" / f"{name}.npz")[0]) == 0
     assert [s["stage"] for s in stages(tmp_path / "run")] == ["val", "val_crf", "val_instance"]
 
 
