@@ -773,8 +773,9 @@ def draw_labels(args, run, split, columns):
 
 @torch.no_grad()
 def draw_affinity(args, run, net):
-    """panels/affinity.png, as Fig. 3: mean affinity maps of self and cross; the common class's scores from the
-    raw features, the residual and their sum; the prediction."""
+    """panels/affinity.png, as Fig. 3: mean affinity of self and cross; the common class's scores from the
+    raw features, the residual and their sum; the prediction.
+    """
     if rank() > 0:
         return
     truth, rows = load(args, "val", masks=True), []
