@@ -132,7 +132,7 @@ class Args:
     """folder with a grey PNG, 0 to 255, for each training image; default: boundary connectivity [D3]"""
     saliency_threshold: float = 0.06
     """given saliency maps, 0 to 1: below is background"""
-    connectivity_threshold: float = 0.06
+    connectivity_threshold: float = 0.3
     """the same for boundary connectivity, whose scale is another [D3]"""
     superpixels: int = 200
     """SLIC superpixels of boundary connectivity"""
@@ -198,7 +198,7 @@ SHAPES = dict(
     backbone="tiny", cam_backbone="tiny", weights="none", cam_stride=8, seg_stride=4,
     cam_steps=1200, cam_batch=8, cam_lr=0.05, cam_crop=96, cam_resize=(96, 128), superpixels=150,
     init_std=0.1, dilation=6, warmup=1000,                                               # [D14]
-    seg_steps=3000, retrain_steps=1500, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rescale=(0.75, 1.0, 1.25))
+    seg_steps=3000, retrain_steps=1000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rescale=(0.75, 1.0, 1.25))
 # A few hundred photographs with a small pretrained backbone on two CPU cores.
 PHOTOS = dict(
     backbone="mobilenet_v2", cam_backbone="mobilenet_v2", train_list="train", cam_stride=16, seg_stride=16,
@@ -537,7 +537,7 @@ def train_classifier(args, run, train_set):
     return net.eval()
 
 
-def write_seeds(args, run, net, train_set):
+def write_initial_seeds(args, run, net, train_set):
     """CAM and saliency -> seeds.   Writes cam/*.npz, saliency/*.png and seeds/*.png"""
     def saliency_of(sample):
         if args.saliency:
@@ -846,7 +846,7 @@ def predict_folder(args):
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────
-def check(args, train_set):
+def check_args(args, train_set):
     """What would else fail after hours: wrong numbers, missing saliency maps or masks."""
     group = world() * (1 + args.references)
     if args.references < 1 or args.rounds < 1:
@@ -870,11 +870,11 @@ def main():
         return predict_folder(args)
     train_set, val_set = load(args, "train"), load(args, "val")
     start_processes(args.device)
-    check(args, train_set)
+    check_args(args, train_set)
     run, weak = Run(args, FIELDS), args.supervision != "full"
     if weak:
         classifier = train_classifier(args, run, train_set)                             # §Initial Seeds
-        write_seeds(args, run, classifier, train_set)
+        write_initial_seeds(args, run, classifier, train_set)
         if not run.has("seed"):
             def cam_label(sample):
                 cam = read_cam(run, sample.name, len(train_set.classes))
