@@ -40,6 +40,8 @@ Departures   [D1] backbones are torchvision's; the authors' is MXNet's pre-activ
              [D15] retraining labels: classes of the image's tags only (paper silent; --no-retrain-tags)
              [D16] --supervision full: L_ce alone, one round
              [D17] --strong-ratio: the ground truth also stays in the labels of later rounds (paper silent)
+             [D18] φ_o's batch norm takes the messages of both heads as one batch (paper silent), so that
+                  self-affinity is normalised in tests as it was in training
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -202,7 +204,7 @@ SHAPES = dict(
 # A few hundred photographs with a small pretrained backbone on two CPU cores.
 PHOTOS = dict(
     backbone="mobilenet_v2", cam_backbone="mobilenet_v2", train_list="train", cam_stride=16, seg_stride=16,
-    cam_steps=330, cam_batch=8, cam_lr=0.01, cam_resize=(321, 513), dilation=6,
+    cam_steps=330, cam_batch=8, cam_lr=2e-3, cam_resize=(321, 513), dilation=6,
     seg_steps=1000, retrain_steps=500, seg_batch=8, seg_crop=257)
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
@@ -276,7 +278,8 @@ class AffinityModule(nn.Module):
             if references is not None:                                                  # [D5]
                 others = [eq2_3_message(q, r[h], c[h]) for h in references.T]
                 messages = {"cross": eq5_merge([*others, own], self.merge), "self": own}
-        return {head: eq4_augment(x, m, self.phi_o) for head, m in messages.items()}
+        n, m = len(messages), torch.cat(list(messages.values()))                        # [D18]
+        return dict(zip(messages, eq4_augment(x.repeat(n, 1, 1, 1), m, self.phi_o).chunk(n)))
 
     def gamma(self):
         """Mean |γ| of φ_o's batch norm: 0 as long as the module does nothing."""
@@ -686,18 +689,22 @@ def confusion_of(dataset, label_of):
     return confusion.reduce()
 
 
-def evaluate_stage(args, run, stage, split, label_of, timed, **values):
-    """One entry of results.json, masks of the images that weak labels are made for included.
+def evaluate_stage(args, run, stage, split, folder, timed, **values):
+    """One entry of results.json. Only from here on are val masks, and those of weak labels' images, seen.
 
-    label_of: function of a sample -> (H,W), or a folder of label maps
+    folder: label maps; cam: the classes whose CAM is above the seeds' threshold
     """
     truth = load(args, split, masks=True)
     if "mask" not in truth.fields:                                                    # own data may lack it
         return
-    if isinstance(label_of, str):
-        confusion = confusion_of(truth, lambda s: read_label(run.path(label_of, s.name), truth.classes))
-    else:
-        confusion = confusion_of(truth, label_of)
+
+    def label_of(sample):
+        if folder != "cam":
+            return read_label(run.path(folder, sample.name), truth.classes)
+        cam = read_cam(run, sample.name, len(truth.classes))
+        return np.where(cam.max(0) > args.foreground, cam.argmax(0) + 1, 0)
+
+    confusion = confusion_of(truth, label_of)
     if stage == "seed":
         values.update(precision=confusion.precision(), coverage=confusion.coverage())
     run.result(stage, confusion, split=split, n_images=len(truth), uses_masks=True, notes=truth.notes,
@@ -781,9 +788,9 @@ def draw_affinity(args, run, net):
     truth, rows = load(args, "val", masks=True), []
     samples = [truth[i] for i in range(min(64, len(truth)))]
 
-    def heat(map, size):
-        map = map - map.min()
-        return resample((map / map.max().clamp_min(1e-12))[None, None], size)[0, 0].cpu().numpy()
+    def heat(x, size):
+        x = x - x.min()
+        return resample((x / x.max().clamp_min(1e-12))[None, None], size)[0, 0].cpu().numpy()
 
     for i, j, c in partners(np.array([s.tags for s in samples]))[:8]:
         query, reference = samples[i].image, samples[j].image
@@ -876,12 +883,8 @@ def main():
         classifier = train_classifier(args, run, train_set)                             # §Initial Seeds
         write_initial_seeds(args, run, classifier, train_set)
         if not run.has("seed"):
-            def cam_label(sample):
-                cam = read_cam(run, sample.name, len(train_set.classes))
-                return np.where(cam.max(0) > args.foreground, cam.argmax(0) + 1, 0)
-
             draw_labels(args, run, "train", {"seeds": "seed"})
-            evaluate_stage(args, run, "cam", "train", cam_label, ["classifier"], crf=False)
+            evaluate_stage(args, run, "cam", "train", "cam", ["classifier"], crf=False)
             evaluate_stage(args, run, "seed", "train", "seeds", ["seeds"], crf=False)
     tags, folder, net = read_tags(run, train_set), "seeds", None
     rounds = args.rounds if weak else 1                                                 # [D16]
