@@ -6,6 +6,7 @@
     python benchmarks/speed.py irnet                    # IRNet: sparse walk against matrix powers, images/s
     python benchmarks/speed.py rrm                      # RRM: a training step with and without its CRF
     python benchmarks/speed.py rrm --device cuda --preset paper    # the same at the paper's setting
+    python benchmarks/speed.py cian                     # CIAN: parameters and MACs as in the paper's Table 1
     python benchmarks/speed.py schedule --run RUN      # A²GNN: a run's short GNN schedule against the paper's
 
 Each number is the median of --repeats runs (5 or more) in one process, after one run that is not counted.
@@ -469,7 +470,40 @@ def rrm_speed(device: str = "cpu", threads: int = 1, repeats: int = 5, tags: int
     report(f"speed_rrm_{preset}_{threads}_threads", device, settings, rows)
 
 
-COMMANDS = {"a2gnn": a2gnn_speed, "crf": crf_speed, "irnet": irnet_speed, "rrm": rrm_speed,
+# ── cian ────────────────────────────────────────────────────────────────────────────────────────────────────
+def cian_cost(side: int = 321, backbone: str = "resnet101", classes: int = 20) -> None:
+    """Table 1: parameters (M) and multiply-adds (G) of one image, counted on shapes without numbers.
+
+    ours: x̂ of Eq. (5) with one reference, whose backbone is not counted, as in the paper; training: x̂^c and
+    x̂^s, each with its own φ_o and classification layer.
+    """
+    import cian
+    from common import make_backbone
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def ours(net, image, pairs):
+        x = net.backbone(image)[-1]
+        q, r, c = net.affinity.embed(x)
+        other, own = ((r[h], c[h]) for h in (pairs[:, 0], torch.arange(len(x))))
+        m = cian.eq5_merge([cian.eq2_3_message(q, *other), cian.eq2_3_message(q, *own)])
+        return net.head(cian.eq4_augment(x, m, net.affinity.phi_o))
+
+    rows, works = [], {"vanilla DeepLab": lambda net, image, _: net.head(net.backbone(image)[-1]),
+                       "baseline, self-affinity": lambda net, image, _: net(image), "ours": ours,
+                       "ours, training": lambda net, image, pairs: net(image, pairs)}
+    with FakeTensorMode(), torch.no_grad():
+        net = cian.CIAN(make_backbone(backbone, "none", 8), classes, "max", 0.01, 12).eval()
+        image, pairs = torch.zeros(2, 3, side, side), cian.others_of_group(2, 1)
+        for what, work in works.items():
+            with FlopCounterMode(display=False) as counter: work(net, image, pairs)
+            parts = [net.backbone, net.head] if what.startswith("vanilla") else [net]
+            rows.append({"what": what, "gmac": counter.get_total_flops() / 2 / 2 / 1e9,
+                         "parameters_m": sum(p.numel() for part in parts for p in part.parameters()) / 1e6})
+    report("cian_cost", torch.device("cpu"), dict(side=side, backbone=backbone, classes=classes), rows)
+
+
+COMMANDS = {"a2gnn": a2gnn_speed, "crf": crf_speed, "irnet": irnet_speed, "rrm": rrm_speed, "cian": cian_cost,
             "schedule": a2gnn_schedule}                             # one entry a subcommand
 
 
