@@ -69,7 +69,7 @@ from data import (
 @dataclass
 class Args:
     # --- task ---
-    data: Literal["shapes", "voc", "workpiece"] = "shapes"
+    data: Literal["shapes", "voc", "coco", "workpiece"] = "shapes"
     """data set of data.py; shapes is drawn on the fly, workpiece is any folder of your own"""
     supervision: Literal["image", "full"] = "image"
     """what the training set may reveal; full = the same segmentation network on ground truth [D16]"""
@@ -135,7 +135,7 @@ class Args:
     saliency_threshold: float = 0.06
     """given saliency maps, 0 to 1: below is background"""
     connectivity_threshold: float = 0.3
-    """the same for boundary connectivity, whose scale is another [D3]"""
+    """the same for boundary connectivity, on another scale [D3]; set with a look at shapes' masks"""
     superpixels: int = 200
     """SLIC superpixels of boundary connectivity"""
     connectivity_sigma: float = 10.0
