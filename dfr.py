@@ -610,7 +610,7 @@ def decay_groups(net, weight_decay):
 def rates(steps, warmup):
     """Schedule step -> (1 − step/steps), in the first `warmup` steps times a line from 1e-6 to 1."""
     decay = poly(steps, 1.0)
-    return lambda step: decay(step) * (1 - (1 - min(step / max(warmup, 1), 1)) * (1 - 1e-6))
+    return lambda step: decay(step) * (1 - (1 - step / warmup) * (1 - 1e-6) if step < warmup else 1)
 
 
 def train_segmenter(args, run, train_set):
