@@ -440,16 +440,20 @@ def test_wrong_kernel():
 # ---------------------------------------------------------------- training recipe
 
 
-def test_decay_groups():
+def test_parameter_groups():
     torch.manual_seed(0)
     net = torch.nn.Sequential(dfr.Swin(thin_swin(), 0.3), dfr.conv_bn_relu(64, 8, 1))
-    plain, free = dfr.decay_groups(net, 0.01)
-    names = {id(p): n for n, p in net.named_parameters()}
-    assert (plain["weight_decay"], free["weight_decay"]) == (0.01, 0)
-    assert {id(p) for group in (plain, free) for p in group["params"]} == set(names)
-    without = {names[id(p)] for p in free["params"]}
+    net.consistency = torch.nn.Conv2d(8, 2, 1)
+    names, found = {id(p): n for n, p in net.named_parameters()}, {}
+    for group in dfr.parameter_groups(net, 2.0, 0.01, 0.1):
+        for p in group["params"]: found[names[id(p)]] = group["lr"], group["weight_decay"]
+    assert set(found) == set(names.values())
+    without = {n for n, (_, decay) in found.items() if decay == 0}
     assert without == {n for n in names.values() if "norm" in n or "bias_table" in n
                        or n in ("0.blocks.0.0.2.weight", "0.blocks.0.0.2.bias", "1.1.weight", "1.1.bias")}
+    assert {decay for n, (_, decay) in found.items() if n not in without} == {0.01}
+    assert {n for n, (rate, _) in found.items() if rate == 0.2} == {"consistency.weight", "consistency.bias"}
+    assert {rate for rate, _ in found.values()} == {0.2, 2.0}
 
 
 def test_rates_are_mmsegmentations():
