@@ -15,13 +15,13 @@ Tables       4.4 --blocks · 4.5 --no-dfr-loss --no-fd-loss --no-fr-loss (row 1:
              --no-consistency-head; row 2: --no-fd-loss --no-fr-loss, where an untrained head stays in the
              kernel) · 4.6 --kernel (without feature the head goes) · 4.7 --consistency-labels
 Commands     python dfr.py                                     # embedded shapes, made for two CPU cores
-             python dfr.py --data voc --root data/voc --weights swin_base_patch4_window7_224_22k.pth  # 82.8
+             python dfr.py --data voc --root data/voc --weights FILE.pth      # ImageNet-22k; paper: 82.8
              python dfr.py --data voc --root data/voc --supervision full      # upper bound; paper: 84.6
              python dfr.py --data context --root data/context  # paper: 52.9 on PASCAL-Context
              python dfr.py --no-dfr-loss --no-consistency-head --out runs/dfr-ce      # paper: 68.9 for 81.5
              python dfr.py --predict photos/ --checkpoint runs/dfr-voc-scribble-s0/segmenter.pt
 Departures   [D1] Swin-B starts from torchvision's ImageNet-1k weights; the paper's, ImageNet-22k, only exist
-                  as the Swin authors' file: --weights FILE
+                  as the Swin authors' file, --weights swin_base_patch4_window7_224_22k.pth
              [D2] Eq. 4.2: P is enlarged to the pixels of the scribbles, as mmsegmentation does; as printed it
                   runs over cells, of which thin scribbles would keep few
              [D3] Eq. 4.12: all pairs R, since it is there for what has no label, and as Eq. 3.12 of A²GNN;
@@ -41,8 +41,8 @@ Departures   [D1] Swin-B starts from torchvision's ImageNet-1k weights; the pape
              [D13] the grid is 1/4 of the image for every backbone; batch norms that start from ImageNet stay
                   fixed; no weight decay for any norm layer; logits by torch's bilinear
              [D14] presets: window, σ_xy and λ1 scaled with the smaller grid (λ1 times the number of partners
-                  stays 1.2), σ3 with √d; widths lowered; rates for few steps, of the head's own layer --head-lr
-                  lower: L_fr, alone until the first confident pairs, else makes all of F zero for good
+                  stays 1.2), σ3 with √d; widths lowered; rates for few steps, a lower one for the head's own
+                  layer: L_fr, alone until the first confident pairs, else makes all of F zero for good
 The paper's claim is a result without dense CRF: --crf is not used here.
 """
 
@@ -487,9 +487,9 @@ def all_losses(args, logits, feature, image, M_s, valid):
 
     logits (B,C,h,w), feature (B,d,h,w) or None, image (B,3,H,W), M_s (B,H,W), valid (B,H,W): not padding
     """
-    grid, parts, L_dfr = logits.shape[-2:], kernel_parts(args), logits.new_zeros(())
-    L_fd, L_fr, L_pce = L_dfr, L_dfr, eq4_2_partial_cross_entropy(logits, M_s)
-    P, offsets = logits.softmax(1), eq4_3_window(args.radius)
+    grid, parts, offsets = logits.shape[-2:], kernel_parts(args), eq4_3_window(args.radius)
+    L_pce, P = eq4_2_partial_cross_entropy(logits, M_s), logits.softmax(1)
+    L_dfr = L_fd = L_fr = logits.new_zeros(())
     I = F.interpolate(image, grid, mode="area")
     inside = F.interpolate(valid[:, None].float(), grid, mode="nearest")[:, 0] > 0
     sigmas = args.sigma_xy, args.sigma_rgb, args.sigma_feature
@@ -600,7 +600,7 @@ def make_network(args, weights, classes):
 
 
 def parameter_groups(net, lr, weight_decay, head_lr):
-    """Optimiser groups: norms and relative positions do not decay [D13]; the consistency head has its rate."""
+    """Optimiser groups: norms and relative positions do not decay [D13]; the head has its own rate."""
     norms = {id(p) for m in net.modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm))
              for p in m.parameters()}
     groups = {}
@@ -699,7 +699,7 @@ def evaluate(args, run):
     result("val_ms", args.test_scales)
 
 
-def draw_val(args, run):
+def draw_panel(args, run):
     """panels/val.png: contact sheet of the first 16 images, one row each."""
     if rank() > 0:
         return
@@ -749,7 +749,7 @@ def main():
     net = train_segmenter(args, run, train_set)                                    # Eqs. (4.1)–(4.13)
     write_val(args, run, net, val_set)
     if not run.has("val_ms"):
-        draw_val(args, run)
+        draw_panel(args, run)
         evaluate(args, run)
     run.table()
 
