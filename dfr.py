@@ -188,12 +188,12 @@ class Args:
 # What two CPU cores do in minutes; everything else as the paper.   [D14]
 SHAPES = dict(
     backbone="tiny", weights="none", width=32, feature_dim=32, sigma_feature=25, radius=2, sigma_xy=2.4,
-    w_dfr=0.05, head_lr=0.02, seg_steps=4000, seg_batch=8, seg_lr=2e-3, warmup=100, seg_crop=96, fit=(0, 0),
+    w_dfr=0.05, head_lr=0.005, seg_steps=4000, seg_batch=8, seg_lr=2e-3, warmup=100, seg_crop=96, fit=(0, 0),
     seg_rescale=(0.75, 1.25), test_scales=(0.75, 1.0, 1.25))
 # A few hundred photographs with a small pretrained backbone on two CPU cores.
 PHOTOS = dict(
     backbone="mobilenet_v2", train_list="train", width=64, feature_dim=32, sigma_feature=25, radius=3,
-    sigma_xy=3.6, w_dfr=0.025, head_lr=0.1, seg_steps=1000, seg_batch=8, seg_lr=2e-4, warmup=50,
+    sigma_xy=3.6, w_dfr=0.025, head_lr=0.05, seg_steps=1000, seg_batch=8, seg_lr=2e-4, warmup=50,
     seg_crop=257, fit=(1028, 257), test_scales=(0.75, 1.0, 1.25))
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
