@@ -579,9 +579,9 @@ def dfr_speed(device: str = "cpu", threads: int = 1, repeats: int = 5, batch: in
         if peak is None:
             with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
                 peak = pool.apply(dfr_peak, (name, sizes, args.radius, sigmas))
-        rows.append({"what": f"L_dfr by {name}", "seconds": seconds, "ratio": None, "peak_mb": peak - held})
-        rows[-1] |= {"ratio": seconds / rows[0]["seconds"], "memory_ratio": rows[-1]["peak_mb"]
-                     / max(rows[0]["peak_mb"], 1)}
+        first = rows[0] if rows else {"seconds": seconds, "peak_mb": peak - held}
+        rows.append({"what": f"L_dfr by {name}", "seconds": seconds, "ratio": seconds / first["seconds"],
+                     "peak_mb": peak - held, "memory_ratio": (peak - held) / first["peak_mb"]})
     if step != "none": rows.append(dfr_step_row(step, backbone, device, repeats, amp))
     settings = dict(repeats=repeats, batch=batch, grid=side, classes=classes, dim=dim, radius=args.radius,
                     largest_relative_difference=difference, amp=amp)
