@@ -4,7 +4,7 @@
     sample = dataset[0]                        # name, image, tags, and what the supervision reveals
 
 Data sets    shapes (drawn on the fly, no files) · voc (PASCAL VOC 2012, SBD, ScribbleSup, what's-the-point)
-             coco · workpiece (any folder of your own): each class says its layout
+             coco · context (PASCAL-Context) · workpiece (any folder of your own): each class says its layout
 Coordinates  x to the right, y down, in pixel edges: pixel (row i, column j) is j <= x < j+1, i <= y < i+1.
              A box [class, x0, y0, x1, y1] is half open: its pixels are mask[y0:y1, x0:x1]. VOC's XML,
              inclusive and counted from 1, becomes (xmin-1, ymin-1, xmax, ymax).
@@ -40,6 +40,12 @@ VOC_PAGE = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012"
 VOC_CLICKS = "points/whats_the_point.json"
 COCO_PAGE = "https://cocodataset.org"
 COCO_PICTURES = {"train2014": 82783, "val2014": 40504, "train2017": 118287, "val2017": 5000}
+CONTEXT_CLASSES = (
+    "aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus cabinet car cat ceiling "
+    "chair cloth computer cow cup curtain dog door fence floor flower food grass ground horse keyboard light "
+    "motorbike mountain mouse person plate platform pottedplant road rock sheep shelves sidewalk sign sky "
+    "snow sofa table track train tree truck tvmonitor wall water window wood").split()
+CONTEXT_PAGE = "https://cs.stanford.edu/~roozbeh/pascal-context"
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -748,12 +754,12 @@ class VOC:
         return complete(s, self.fields, self.files, self.classes)
 
 
-def voc_root(root):
+def voc_root(root, year="VOC2012", page=VOC_PAGE):
     """The folder VOC2012, whichever of the three the user gave."""
-    tried = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
+    tried = [root, root / year, root / "VOCdevkit" / year]
     for folder in tried:
         if (folder / "JPEGImages").is_dir(): return folder
-    raise DataError(f"no JPEGImages in {few(tried)}; get VOC 2012 ({VOC_PAGE}), give its folder as --root")
+    raise DataError(f"no JPEGImages in {few(tried)}; get {year} ({page}), give its folder as --root")
 
 
 def voc_classes(root):
@@ -957,6 +963,48 @@ def coco_annotations(s):
     return found
 
 
+# ── context: PASCAL-Context, 59 classes of things and stuff ───────────────────────────────────────
+
+
+class Context:
+    """JPEGImages/*.jpg, SegmentationClassContext/*.png (0 = background, 1..59 = CONTEXT_CLASSES, 255 = no
+    label), ImageSets/SegmentationContext/{train,val}.txt (4,998 and 5,105 names); optional scribbles/*.xml
+    (ScribbleSup) or *.png. It is the layout that mmsegmentation's converter writes.
+
+    root is VOC2010, VOCdevkit or its parent. Background is a class like the others: learned and scored. Tags
+    are the classes of the scribbles where all pictures have one, else of the masks.
+    """
+
+    def __init__(self, root, split, train_list, wish):
+        self.root, self.notes, self.classes = voc_root(root, "VOC2010", CONTEXT_PAGE), {}, CONTEXT_CLASSES
+        self.names = context_names(self.root, train_list if split == "train" else "val")
+        self.pictures = stems(self.root / "JPEGImages", PICTURES)
+        require(self.names, self.pictures, self.root / "JPEGImages", f"get {CONTEXT_PAGE} or mend the list")
+        self.files = {"scribble": stems(self.root / "scribbles", (".xml", ".png")),
+                      "mask": stems(self.root / "SegmentationClassContext"),
+                      "boxes": {}, "points": {}, "instances": {}}
+        self.tags_from = "scribble" if set(self.names) <= set(self.files["scribble"]) else "mask"
+        require(self.names, self.files[self.tags_from], self.root / "SegmentationClassContext",
+                "every picture needs scribbles or a mask, from which its tags come")
+        self.notes["tags"] = f"taken from {FILES[self.tags_from]}"
+        self.fields = find_fields(self.names, self.files, wish, self.notes, self.classes, self.root)
+
+    def read(self, name):
+        s, wanted = Sample(name=name, image=read_image(self.pictures[name])), {*self.fields, self.tags_from}
+        if "scribble" in wanted and name in self.files["scribble"]:
+            s.scribble = read_scribble(self.files["scribble"][name], self.classes, s.image)
+        s = complete(s, wanted, self.files, self.classes)
+        source = Sample(**{self.tags_from: getattr(s, self.tags_from)})
+        return changed(s, tags=tags_of(source, len(self.classes)))
+
+
+def context_names(root, which):
+    """Names of "val", "train" (train_aug is the same), or of a list file."""
+    which = "train" if which == "train_aug" else which
+    known = which in ("train", "val")
+    return read_list(root / "ImageSets" / "SegmentationContext" / f"{which}.txt" if known else which)
+
+
 # ── workpiece: a folder of your own ───────────────────────────────────────────────────────────────
 
 
@@ -1010,13 +1058,13 @@ class Workpiece:
         return changed(s, tags=tags_of(source, len(self.classes)))
 
 
-SOURCES = {"shapes": Shapes, "voc": VOC, "coco": COCO, "workpiece": Workpiece}
+SOURCES = {"shapes": Shapes, "voc": VOC, "coco": COCO, "context": Context, "workpiece": Workpiece}
 
 
 # ── Commands: check, export, voc-aug ──────────────────────────────────────────────────────────────
 
 
-def check(data: Literal["shapes", "voc", "coco", "workpiece"], root: str = "") -> None:
+def check(data: Literal["shapes", "voc", "coco", "context", "workpiece"], root: str = "") -> None:
     """List what is there and what is missing, with expected counts, and check values; exit 1 if unusable."""
     args = types.SimpleNamespace(data=data, root=root, train_list="train", supervision="image")
     wrong = False
@@ -1076,6 +1124,18 @@ def check_coco(root):
         yield f"masks/{folder.name}", made, "made so far; the others when they are first asked for"
 
 
+def check_context(root):
+    """Rows (what, count, remark)."""
+    root = voc_root(root, "VOC2010", CONTEXT_PAGE)
+    for folder, count in (("JPEGImages", None), ("SegmentationClassContext", 10103), ("scribbles", None)):
+        there = len(stems(root / folder, (".xml", *PICTURES)))
+        yield folder, there, remark(there, count, "optional" if folder == "scribbles" else CONTEXT_PAGE)
+    for which, count in (("train", 4998), ("val", 5105)):
+        there = len(context_names(root, which))
+        yield which, there, remark(there, count)
+    yield from check_masks(list(stems(root / "SegmentationClassContext").values()), CONTEXT_CLASSES)
+
+
 def check_workpiece(root):
     """Rows (what, count, remark)."""
     classes = read_classes(root / "classes.txt")
@@ -1101,8 +1161,8 @@ def check_masks(files, classes):
     yield f"values in {min(50, len(files))} masks", listed, verdict
 
 
-def export(data: Literal["shapes", "voc", "coco", "workpiece"], layout: Literal["voc", "coco", "workpiece"],
-           to: str, n: int = 0, root: str = "") -> None:
+def export(data: Literal["shapes", "voc", "coco", "context", "workpiece"],
+           layout: Literal["voc", "coco", "workpiece"], to: str, n: int = 0, root: str = "") -> None:
     """Write a data set in another's on-disk layout, the first n samples of each split (0 = all)."""
     args = types.SimpleNamespace(data=data, root=root, train_list="train", supervision="full")
     for split in ("train", "val"):
@@ -1207,7 +1267,8 @@ def voc_aug(sbd: str, root: str = "data/voc") -> None:
     print(f"{target}: {len({*mats, *own})} masks; train_aug now has {count} pictures (expected 10582)")
 
 
-CHECKS = {"shapes": check_shapes, "voc": check_voc, "coco": check_coco, "workpiece": check_workpiece}
+CHECKS = {"shapes": check_shapes, "voc": check_voc, "coco": check_coco, "context": check_context,
+          "workpiece": check_workpiece}
 LAYOUTS = {"voc": export_voc, "coco": export_coco, "workpiece": export_workpiece}
 
 

@@ -3,6 +3,8 @@
     python benchmarks/speed.py a2gnn                    # A²GNN: images/s side by side, windowed attention
     python benchmarks/speed.py a2gnn --device cuda      # the same on a GPU, with peak memory
     python benchmarks/speed.py crf                      # dense CRF: the torch lattice against pydensecrf
+    python benchmarks/speed.py dfr                      # DFR: L_dfr by shifts and by unfold, time and memory
+    python benchmarks/speed.py dfr --device cuda --side 128 --batch 2 --step paper    # at the paper's size
     python benchmarks/speed.py irnet                    # IRNet: sparse walk against matrix powers, images/s
     python benchmarks/speed.py rrm                      # RRM: a training step with and without its CRF
     python benchmarks/speed.py rrm --device cuda --preset paper    # the same at the paper's setting
@@ -503,8 +505,125 @@ def cian_cost(side: int = 321, backbone: str = "resnet101", classes: int = 20) -
     report("cian_cost", torch.device("cpu"), dict(side=side, backbone=backbone, classes=classes), rows)
 
 
-COMMANDS = {"a2gnn": a2gnn_speed, "crf": crf_speed, "irnet": irnet_speed, "rrm": rrm_speed, "cian": cian_cost,
-            "schedule": a2gnn_schedule}                             # one entry a subcommand
+# ── dfr ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def dfr_case(batch, side, classes, dim, device):
+    """Logits, features, image and the set of inner cells of a made-up batch."""
+    generator = torch.Generator().manual_seed(0)
+    logits, F_, I = (torch.randn(batch, c, side, side, generator=generator).to(device)
+                     for c in (classes, dim, 3))
+    return logits.requires_grad_(), F_.relu().requires_grad_(), I, torch.ones_like(I[:, 0], dtype=torch.bool)
+
+
+def dfr_by_shifts(logits, F_, I, inside, radius, sigmas):
+    """Eqs. (4.3) to (4.6) of dfr.py."""
+    import dfr
+    offsets = dfr.eq4_3_window(radius)
+    K = dfr.eq4_6_13_kernel(I, F_, inside, offsets, ("xy", "rgb", "feature"), *sigmas)
+    return dfr.eq4_4_dfr(logits.softmax(1), K, inside, offsets)
+
+
+def dfr_by_unfold(logits, F_, I, inside, radius, sigmas):
+    """The same with all (2r+1)² partners of each cell side by side: (B,C,121,hw) for each of P, I and F."""
+    size = 2 * radius + 1
+
+    def windows(x):
+        return torch.nn.functional.unfold(x, size, padding=radius).unflatten(1, (x.shape[1], size**2))
+
+    with torch.no_grad():
+        span = torch.arange(-radius, radius + 1.0, device=I.device)
+        square = (span[:, None]**2 + span**2).flatten()[:, None]                        # (121,1)
+        exponent = square / (2 * sigmas[0]**2)
+        for x, sigma in ((I, sigmas[1]), (F_, sigmas[2])):
+            exponent = exponent + (windows(x) - x.flatten(2)[:, :, None]).square().sum(1) / (2 * sigma**2)
+        K = torch.exp(-exponent) * windows(inside[:, None].float())[:, 0] * (square > 0)
+    P = logits.softmax(1)
+    agreement = (windows(P) * P.flatten(2)[:, :, None]).sum(1)
+    return (K * (1 - agreement)).sum(1).mean()
+
+
+DFR_FORMS = {"shifts": dfr_by_shifts, "unfold": dfr_by_unfold}
+
+
+def dfr_peak(form, sizes, radius, sigmas):
+    """MB that the loss and its gradient add to the peak of a process (Linux)."""
+    torch.set_num_threads(1)
+    case = dfr_case(*sizes, torch.device("cpu"))
+    small = dfr_case(1, 2 * radius, *sizes[2:], torch.device("cpu"))
+    DFR_FORMS[form](*small, radius, sigmas).backward()                  # loads what a first call loads
+    Path("/proc/self/clear_refs").write_text("5")               # the peak starts again from what is held now
+    before = resident_peak()
+    DFR_FORMS[form](*case, radius, sigmas).backward()
+    return resident_peak() - before
+
+
+def dfr_step_row(preset, backbone, device, repeats, amp):
+    """One training step on a batch that is there already; the losses alone are the row before it."""
+    import dfr
+    from common import to_device
+    from data import Draws, collate, load
+    size = {"shapes": dfr.SHAPES, "photos": dfr.PHOTOS, "paper": {}}[preset]
+    args = dfr.Args(**{**size, "weights": "none", "train_list": "train",
+                       **({"backbone": backbone} if backbone else {})})
+    train_set = load(args, "train")
+    draws = Draws(train_set, dfr.augment_with(args), 0)
+    batch = to_device(collate([draws[i] for i in range(args.seg_batch)]), device)
+    net = dfr.make_dfr(args, "none", len(train_set.classes)).train()
+    net = net.to(device, memory_format=torch.channels_last)
+    optim = torch.optim.AdamW(net.parameters(), lr=0.0)                 # the network stays what it is
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp and device.type == "cuda"):
+            logits, feature, _ = net(batch.image)
+        *losses, _ = dfr.all_losses(args, logits, feature, batch.image, batch.scribble, batch.pseudo != 255)
+        optim.zero_grad()
+        dfr.eq4_1_total(*losses, args.w_dfr, args.w_feature).backward()
+        optim.step()
+
+    seconds, peak = measure(step, device, repeats)
+    return {"what": f"training step, {preset}, {args.backbone}, {args.seg_batch} images of {args.seg_crop}",
+            "seconds": seconds, "ratio": None, "peak_mb": peak, "memory_ratio": None}
+
+
+def dfr_speed(device: str = "cpu", threads: int = 1, repeats: int = 5, batch: int = 1, side: int = 64,
+              classes: int = 21, dim: int = 128, step: Literal["none", "shapes", "photos", "paper"] = "none",
+              backbone: str = "", amp: bool = True) -> None:
+    """L_dfr with its gradient, kernel included, at the paper's radius and deviations: by shifts as in dfr.py
+    and by an unfold of the window. peak_mb: what the loss adds. ratio and memory_ratio: against the shifts.
+
+    --step: also a whole training step on scenes of shapes, for which a backbone may be given.
+    """
+    import multiprocessing
+
+    import dfr
+    if repeats < 5: raise SystemExit(f"--repeats {repeats}: a median needs at least 5")
+    torch.set_num_threads(threads)
+    device, args = torch.device(device), dfr.Args()
+    sizes, sigmas = (batch, side, classes, dim), (args.sigma_xy, args.sigma_rgb, args.sigma_feature)
+    case, rows = dfr_case(*sizes, device), []
+    values, grads = zip(*((form(*case, args.radius, sigmas), torch.autograd.grad(
+        form(*case, args.radius, sigmas), case[0])[0]) for form in DFR_FORMS.values()))
+    difference = max(abs(values[0] / values[1] - 1).item(), ((grads[0] - grads[1]).abs().max()
+                                                              / grads[1].abs().max()).item())
+    assert difference < 1e-3, f"shifts and unfold differ by {difference}"
+    del grads
+    for name, form in DFR_FORMS.items():
+        held = torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else 0
+        seconds, peak = measure(lambda f=form: torch.autograd.grad(f(*case, args.radius, sigmas), case[0]),
+                                device, repeats)
+        if peak is None:
+            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+                peak = pool.apply(dfr_peak, (name, sizes, args.radius, sigmas))
+        first = rows[0] if rows else {"seconds": seconds, "peak_mb": peak - held}
+        rows.append({"what": f"L_dfr by {name}", "seconds": seconds, "ratio": seconds / first["seconds"],
+                     "peak_mb": peak - held, "memory_ratio": (peak - held) / first["peak_mb"]})
+    if step != "none": rows.append(dfr_step_row(step, backbone, device, repeats, amp))
+    settings = dict(repeats=repeats, batch=batch, grid=side, classes=classes, dim=dim, radius=args.radius,
+                    largest_relative_difference=difference, amp=amp)
+    report(f"speed_dfr_{threads}_threads", device, settings, rows)
+
+
+COMMANDS = {"a2gnn": a2gnn_speed, "cian": cian_cost, "crf": crf_speed, "dfr": dfr_speed, "irnet": irnet_speed,
+            "rrm": rrm_speed, "schedule": a2gnn_schedule}                             # one entry a subcommand
 
 
 def main():
