@@ -17,12 +17,12 @@ Equations    (3.1) eq3_1_cam_labels    (3.2) eq3_2_grabcut    (3.3) eq3_3_box_la
              §3.2's SEAM (its reference 57) has no numbered equations in the thesis: SEAM, seam_loss;
              nor have §3.4's pseudo instances: instances_in_boxes
 Figures      Fig. 3.2 (left to right) and Algorithm 2 (top to bottom) = main(); Fig. 3.4 = eq3_17_18_attention
-Commands     python a2gnn.py                          # embedded shapes, some twenty minutes on two CPU cores
+Commands     python a2gnn.py                          # embedded shapes, about half an hour on one CPU core
              python a2gnn.py --data voc --supervision box --root data/voc       # paper: 73.8 val with CRF
              python a2gnn.py --data voc --supervision full --root data/voc      # upper bound; paper: 76.8
              python a2gnn.py --data voc --root data/voc --segmenter pspnet      # Table 3.1; paper: 75.6
              python a2gnn.py --data voc --root data/voc --task instance          # Table 3.2; paper: AP50 59.1
-             python a2gnn.py --data coco --root data/coco --task instance        # Table 3.3; paper: AP 20.9
+             python a2gnn.py --data coco --task instance --inst-steps 90000     # Table 3.3; paper: AP 20.9
              python a2gnn.py --data voc --cam-backbone resnet38 --weights FILE.params  # paper's classifier
              python a2gnn.py --predict photos/ --checkpoint runs/a2gnn-voc-box-s0/segmenter.pt
              python a2gnn.py --predict photos/ --checkpoint runs/a2gnn-voc-box-instance-s0/detector.pt
@@ -38,7 +38,8 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
              [D6] Eq. 3.10 as printed; authors' code halves it and averages background and foreground
                   positives apart (--split-positives)
              [D7] affinity CNN: Euclidean r = 5 as printed (Eqs. 3.7, 3.11); graph: the authors' square
-                  window, --radius 4; the paper's full graph is --radius 0
+                  window, --radius 4 (theirs for tags and points is 3); Eq. 3.14 has none, --radius 0, though
+                  §3.4 sets r = 5 for inference too
              [D8] Eq. 3.28: cosines of non-negative features (Eq. 3.16) are never below 0, so it never acts;
                   here both features are centred on the image's mean (--consistency-cosine literal)
              [D9] the paper's 50 + 50 epochs at lr 0.03, Eq. 3.21 and a check of phase two, anew each epoch;
@@ -55,7 +56,8 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
                   Eq. 3.28's d is a cosine, and labels other than the box's class stay (authors' code)
              [D17] SEAM's code also has a background channel in L_ECR and a min-pooling term in L_cls
              [D18] points: §3.6.1's "same setting with the scribble task" is read as the merge with M'_I: M_P
-                  alone has no background; SLIC's settings are unreleased
+                  alone has no background; SLIC's settings are unreleased; the authors' README adds the random
+                  walk for points too, the paper for tags alone
              [D19] without pretrained weights the first --cam-warmup steps train the tags alone (0 by default)
              [D20] pseudo instances: a pixel in several boxes of its class goes to the smallest, a box without
                   pixels teaches nothing; the detector's boxes are the given ones (paper silent). True ones,
@@ -64,6 +66,8 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
                   the GNN's CRF; a mask that it would erase stays (paper silent)
              [D22] segmentation networks of Table 3.1: PSPNet runs on DeepLab's schedule; Tree-FCN (a compiled
                   tree filter), saliency maps and Res2Net are left out
+             [D23] CRF of the pseudo labels: the authors' code; §3.4's "same as [18, 97]" names two that
+                  differ, 3 3 80 13 10 10 and 3 3 83 5 4 10
 """
 
 import contextlib
@@ -135,7 +139,7 @@ class Args:
     predict: str = ""
     """a picture or a folder: no training, writes masks and overlays; needs --checkpoint"""
     checkpoint: str = ""
-    """checkpoint of the segmentation network for --predict"""
+    """a run's last network (segmenter.pt, detector.pt, …), for --predict"""
     log_every: int = 20
     """steps between two lines of log.jsonl"""
     save_every: int = 200
@@ -202,9 +206,9 @@ class Args:
     w_affinity_reg: float = 3.0
     """λ of Eq. 3.9"""
     split_positives: bool = False
-    """authors' code: background and foreground positives averaged apart, the whole loss halved [D6]"""
-    seed_labels: Literal["M_g", "M_F"] = "M_g"
-    """labels for affinity CNN and GNN (Table 3.8)"""
+    """authors' code: background and foreground positives averaged apart, L_Ac halved [D6]"""
+    aff_labels: Literal["M_g", "M_F"] = "M_g"
+    """seeds that the affinity CNN learns from (Table 3.8)"""
     gauss_xy: float = 6.0
     """σ_xy of Eq. 3.13, grid cells"""
     gauss_rgb: float = 0.1
@@ -250,6 +254,8 @@ class Args:
     """λ1 of Eq. 3.20; authors' code without boxes 0.3"""
     reg_radius: int = 5
     """window of Eq. 3.22 (authors' code)"""
+    seed_labels: Literal["M_g", "M_F"] = "M_g"
+    """seeds that the GNN learns from (§3.5.3: 78.8 and 73.2); scribbles and points: their own"""
     mp_loss: bool = True
     """L_mp, Eq. 3.26 (Table 3.5)"""
     mp_feature: bool = True
@@ -267,7 +273,7 @@ class Args:
     batch_images: int = 8
     """graphs trained side by side, each with its own parameters; does not change the result"""
     gnn_crf: CRF = CRF(2, 3, 50, 5, 10, 10)
-    """CRF on the probabilities of GNN and random walk (authors' code)"""
+    """CRF on the probabilities of GNN and random walk (authors' code) [D23]"""
     # --- 5 segmentation network (§3.4) ---
     segmenter: Literal["deeplab", "pspnet"] = "deeplab"
     """Table 3.1 [D22]; PSPNet's own recipe: --seg-lr 0.01 --seg-batch 16 --seg-crop 473 --seg-steps 30000"""
@@ -297,7 +303,8 @@ class Args:
     """DeepLab-v2's"""
     # --- 6 Mask R-CNN (--task instance; Detectron's defaults) ---
     inst_steps: int = 8000
-    """12 epochs of 10,582 images at batch 16 [D14]; for COCO, Detectron's 1x is 90,000"""
+    """12 epochs of 10,582 images at batch 16 [D14]; for COCO, Detectron's 1x is 90,000, and as many epochs as
+    on VOC of the classifier and the affinity CNN are --cam-steps 82000 --aff-steps 246000"""
     inst_batch: int = 16
     """images a step, over all processes"""
     inst_lr: float = 0.02
@@ -344,10 +351,10 @@ FIELDS = {stage: names.split() for stage, names in {
     "seeds": "supervision crf cam_scales bg_low bg_high confident confident_fg confident_bg confident_crf "
              "seed_crf superpixels grabcut_steps grabcut_min",
     "affinity": "stride aff_steps aff_batch aff_lr aff_momentum aff_radius affinity_reg w_affinity_reg "
-                "split_positives seed_labels gauss_xy gauss_rgb",
+                "split_positives aff_labels gauss_xy gauss_rgb",
     "walk": "walk_bg walk_beta walk_steps gnn_crf",
-    "pseudo": "gnn nodes edges radius attention_only edge_only hidden layers beta sigma epochs gnn_lr "
-              "gnn_weight_decay dropout reg w_reg reg_radius mp_loss mp_feature consistency "
+    "pseudo": "gnn seed_labels nodes edges radius attention_only edge_only hidden layers beta sigma epochs "
+              "gnn_lr gnn_weight_decay dropout reg w_reg reg_radius mp_loss mp_feature consistency "
               "consistency_cosine consistency_in_place balanced_ce walk_share",
     "segmenter": "backbone train_on segmenter seg_auxiliary seg_steps seg_batch seg_lr seg_crop seg_rescale "
                  "seg_stride seg_rates",
@@ -514,7 +521,7 @@ def pixel_correlation(cam, feature):
     """
     cam = F.relu(cam)
     cam = cam / (cam.amax((-2, -1), keepdim=True) + 1e-5)
-    cam = cam * (cam == cam.amax(1, keepdim=True))
+    cam = best_only(cam)
     f = F.normalize(feature.flatten(2), dim=1)
     similar = F.relu(f.transpose(1, 2) @ f)                                             # (B,N,N)
     similar = similar / (similar.sum(1, keepdim=True) + 1e-5)
@@ -678,9 +685,8 @@ def eq3_4_fuse(M_I, M_B, owner, boxes):
         inside[rows, columns] = True
         if not (M_I[rows, columns] == c).any():                                         # L_Bk ∉ S(M_{I−Bk})
             alone |= owner == k
-    M_F = np.where(M_I == M_B, M_I, 255)                                                # row 2
-    M_F = np.where(alone | ~inside, M_B, M_F)                                           # rows 3 and 1
-    return M_F.astype(np.uint8), alone | ~inside
+    by_boxes = alone | ~inside                                                          # rows 3 and 1
+    return np.where(by_boxes | (M_I == M_B), M_B, 255).astype(np.uint8), by_boxes
 
 
 def eq3_5_confident(M_F, M_I_confident, by_boxes):
@@ -1154,7 +1160,7 @@ def train_affinity(args, run, classifier, train_set):
     ddp = run.place(net).train()
     optim = torch.optim.SGD(group_rates(net, net.new_layers, args.aff_lr, args.weight_decay),
                             lr=args.aff_lr, momentum=args.aff_momentum)
-    seeds = with_labels(train_set, seed=run.dir / SEEDS[args.seed_labels])
+    seeds = with_labels(train_set, seed=run.dir / SEEDS[args.aff_labels])
     draws, schedule = Draws(seeds, seam_augment(args), args.seed), poly(args.aff_steps)
     offsets, s = window_offsets(args.aff_radius), args.stride
     for step, batch in run.steps("affinity", draws, args.aff_steps, args.aff_batch, net, optim, schedule):
@@ -1666,8 +1672,8 @@ def evaluate_labels(args, run, split):
            miou_start=start.miou())
     result("pseudo", written("pseudo"), ["pseudo"], crf=True, miou_no_crf=written("pseudo_raw").miou())
     if args.task == "instance":
-        result("pseudo_instance", None, ["pseudo", "pseudo_instance"], crf=args.train_on == "pseudo",
-               **aps("instances"))
+        result("pseudo_instance", None, ["pseudo", "pseudo_instance"], **aps("instances"),
+               crf=args.train_on not in ("pseudo_raw", "walk"))
 
 
 def seeds_with_crf(sample, seed, crf, backend, device):
@@ -1711,7 +1717,8 @@ def predict_folder(args):
     instances also predict/*.npz with masks, classes and scores.
     """
     if not Path(args.checkpoint).is_file():
-        raise UserError(f"--predict needs --checkpoint runs/…/segmenter.pt; {args.checkpoint!r} is no file")
+        raise UserError(f"--predict needs --checkpoint runs/…/segmenter.pt or detector.pt; "
+                        f"{args.checkpoint!r} is no file")
     state, source = read_state(args.checkpoint), Path(args.predict)
     last = {"deeplab": "head.branches.0.weight", "pspnet": "head.4.weight",
             "instance": "roi_heads.box_predictor.cls_score.weight"}
@@ -1756,6 +1763,9 @@ def main():
     if instance and args.supervision not in ("box", "full"):
         raise UserError(f"--task instance needs boxes: --supervision box (or full), not {args.supervision}")
     train_set, val_set = load(args, "train"), load(args, "val")
+    if instance and "instances" not in val_set.fields:
+        raise UserError("--task instance: the val pictures have no instance masks (val/instances in a folder "
+                        "of your own, SegmentationObject in VOC) to score with")
     if instance:                                                                        # wrong weights: now
         make_detector(args.backbone, args.weights, args.inst_size, args.inst_width, args.inst_rois, 1)
     else:

@@ -525,6 +525,7 @@ class Run:
     def result(self, stage, confusion=None, **values):
         """Adds (or replaces) a stage of results.json; a ConfusionMatrix becomes miou and iou, in percent."""
         entry = {"stage": stage, **values}
+        if getattr(self.args, "crf", "") == "none" and "crf" in entry: entry["crf"] = False
         if confusion is not None: entry.update(miou=confusion.miou(), iou=confusion.iou())
         entry.setdefault("seconds", round(self.seconds(stage), 2))
         stages = self.results["stages"]

@@ -111,7 +111,7 @@ class Args:
     predict: str = ""
     """a picture or a folder: no training, writes masks and overlays; needs --checkpoint"""
     checkpoint: str = ""
-    """checkpoint of the segmentation network for --predict"""
+    """a run's last network (segmenter.pt, detector.pt, …), for --predict"""
     log_every: int = 20
     """steps between two lines of log.jsonl"""
     save_every: int = 200
@@ -1058,7 +1058,8 @@ def predict_folder(args):
     instances also predict/*.npz with masks, classes and scores.
     """
     if not Path(args.checkpoint).is_file():
-        raise UserError(f"--predict needs --checkpoint runs/…/segmenter.pt; {args.checkpoint!r} is no file")
+        raise UserError(f"--predict needs --checkpoint runs/…/segmenter.pt or detector.pt; "
+                        f"{args.checkpoint!r} is no file")
     state, source = read_state(args.checkpoint), Path(args.predict)
     semantic, instances = "head.branches.0.weight", "roi_heads.box_predictor.cls_score.weight"
     known = [key for key in (semantic, instances) if key in state.get("model", {})]

@@ -119,7 +119,7 @@ class Args:
     predict: str = ""
     """a picture or a folder: no training, writes masks and overlays; needs --checkpoint"""
     checkpoint: str = ""
-    """checkpoint of the segmentation network for --predict"""
+    """a run's last network (segmenter.pt, detector.pt, …), for --predict"""
     log_every: int = 20
     """steps between two lines of log.jsonl"""
     save_every: int = 200

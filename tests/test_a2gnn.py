@@ -1370,7 +1370,8 @@ def test_predict_takes_no_other_checkpoint(finished, folders, tmp_path):
 def test_runs_with_the_ablation_flags(folders, tmp_path):
     """Superpixels, distances, full graph, GAT, the authors' variants; in the VOC layout, with few steps."""
     flags = dict(nodes="superpixel", edges="distance", radius=0, gnn="gat", consistency_cosine="literal",
-                 seed_labels="M_F", train_on="walk_crf", cam_steps=2, aff_steps=2, seg_steps=2, crf="none")
+                 seed_labels="M_F", aff_labels="M_F", train_on="walk_crf", cam_steps=2, aff_steps=2,
+                 seg_steps=2, crf="none")
     switches = ["--consistency-in-place", "--balanced-ce", "--split-positives", "--no-affinity-reg",
                 "--no-reg", "--no-mp-feature"]
     run_here(*command(folders, tmp_path, "voc", **flags), *switches)
