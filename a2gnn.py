@@ -91,8 +91,8 @@ from common import (
     poly, rank, read_instances, read_state, reduce, save_image, save_instances, save_label, save_npz, shard,
     start_processes, world)
 from data import (
-    Draws, Sample, changed, coco_annotations, color_jitter, crop, derive_boxes, flip, load, normalise,
-    objects_of, read_image, read_label, rescale, resize_long, with_labels)
+    PICTURES, Draws, Sample, changed, coco_annotations, color_jitter, crop, derive_boxes, flip, load,
+    normalise, objects_of, read_image, read_label, rescale, resize_long, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1726,9 +1726,9 @@ def predict_folder(args):
     if kind is None:
         raise UserError(f"--checkpoint {args.checkpoint} is neither segmenter.pt nor detector.pt of a run")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
-    files = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no .jpg or .png picture there")
+        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
     device, made = start_processes(args.device), state["args"]
     classes = len(state["model"][last[kind]]) - 1
     if kind == "instance":
@@ -1739,6 +1739,8 @@ def predict_folder(args):
     net.load_state_dict(state["model"])
     net = net.to(device, memory_format=torch.channels_last).eval()
     folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
+    if rank() == 0:
+        print(f"{len(files)} picture(s) -> {folder}")
     for file in tqdm(shard(files), "predict"):
         image = read_image(file)
         if kind == "instance":

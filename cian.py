@@ -61,8 +61,8 @@ from common import (
     parse_args, poly, rank, read_state, reduce, save_image, save_label, save_npz, shard, start_processes,
     world)
 from data import (
-    Draws, Sample, changed, crop, flip, load, normalise, read_image, read_label, reading, require, rescale,
-    resize_long, stems, with_labels)
+    PICTURES, Draws, Sample, changed, crop, flip, load, normalise, read_image, read_label, reading, require,
+    rescale, resize_long, stems, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -836,14 +836,16 @@ def predict_folder(args):
     if "affinity.phi_q.weight" not in state.get("model", {}):
         raise UserError(f"--checkpoint {args.checkpoint} is not a segmenter_….pt of a run")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
-    files = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no .jpg or .png picture there")
+        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
     device, made = start_processes(args.device), Args(**state["args"])
     net = make_cian(made, "none", len(state["model"]["head.branches.0.weight"]) - 1)
     net.load_state_dict(state["model"])
     net = net.to(device, memory_format=torch.channels_last).eval()
     folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
+    if rank() == 0:
+        print(f"{len(files)} picture(s) -> {folder}")
     for file in tqdm(shard(files), "predict"):
         image = read_image(file)
         prob = predict(net, image, made.test_scales, device)

@@ -63,7 +63,7 @@ from common import (
     Backbone, ConfusionMatrix, Run, UserError, contact_sheet, imagenet_weights, load_exactly, make_backbone,
     overlay, parse_args, poly, rank, read_state, reduce, save_image, save_label, shard, start_processes,
     world)
-from data import Draws, Sample, changed, crop, flip, load, normalise, read_image, read_label, resize
+from data import PICTURES, Draws, Sample, changed, crop, flip, load, normalise, read_image, read_label, resize
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -721,14 +721,16 @@ def predict_folder(args):
     if "classify.weight" not in state.get("model", {}):
         raise UserError(f"--checkpoint {args.checkpoint} is not the segmenter.pt of a run")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
-    files = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no .jpg or .png picture there")
+        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
     device, made = start_processes(args.device), Args(**state["args"])
     net = make_dfr(made, "none", len(state["model"]["classify.weight"]) - 1)
     net.load_state_dict(state["model"])
     net = net.to(device, memory_format=torch.channels_last).eval()
     folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
+    if rank() == 0:
+        print(f"{len(files)} picture(s) -> {folder}")
     for file in tqdm(shard(files), "predict"):
         image = read_image(file)
         label = predict(net, image, made.fit, made.test_scales, True, device).argmax(0)

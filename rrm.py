@@ -72,8 +72,8 @@ from common import (
     make_backbone, overlay, parse_args, poly, rank, read_state, reduce, save_image, save_label, save_npz,
     shard, start_processes, world)
 from data import (
-    MEAN, STD, Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_image, read_label,
-    rescale, resize_long, with_labels)
+    MEAN, PICTURES, STD, Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_image,
+    read_label, rescale, resize_long, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -946,10 +946,12 @@ def predict_folder(args):
     device, source = start_processes(args.device), Path(args.predict)
     score, scales, mirror, crf = load_predictor(args.checkpoint, device)
     files = sorted(source.iterdir()) if source.is_dir() else [source]
-    files = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no .jpg or .png picture there")
+        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
     folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
+    if rank() == 0:
+        print(f"{len(files)} picture(s) -> {folder}")
     for file in tqdm(shard(files), "predict"):
         image = read_image(file)
         prob = predict(score, image, scales, mirror, device)
