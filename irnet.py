@@ -1005,7 +1005,7 @@ def evaluate_labels(args, run, split):
         run.result(stage, confusion, split=split, uses_masks=True, notes=truth.notes,
                    seconds=round(sum(map(run.seconds, timed)), 1), **values)
 
-    if split == "train":
+    if split == "train":                                                                # [D20]
         result("cam", written("pseudo_cam"), ["classifier", "cam"], crf=False, scales=args.cam_scales)
         result("pseudo", written("pseudo"), ["irnet", "fields", "pseudo"], crf=False)
         rows = {row: aps(f"instances_{row}") for row in ROWS}
