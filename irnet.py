@@ -45,9 +45,10 @@ Departures   [D1] second level of the displacement branch: 128 channels (authors
                   log(a + 1e-5) instead of log a keeps Eq. 8 finite
              [D17] IRNet sees pictures padded to its crop size, as in the authors' code, and to whole cells
              [D18] presets: IRNet learns with momentum 0.9 and rate 0.05 of both branches, in place of 0.1
-                  and ten times that without momentum: few steps of few images. On the photographs D becomes
-                  constant within 40 steps and stays so for 400 ("spread" in log.jsonl): there a step that
-                  Eq. 5 rewards costs more in Eq. 6, so no instances are told apart
+                  and ten times that without momentum: few steps of few images. photos: the weight of Eq. 6
+                  grows from 0 to 1 in the first half of the steps. Otherwise D becomes constant within 40
+                  steps and stays so ("spread" in log.jsonl): at D = 0, what a step gains in Eq. 5 it loses
+                  in Eq. 6, and layers below an output of 0 learn nothing
              [D19] preset shapes: t = 50, since the walk's reach grows with √t and the scenes' grid has about
                   55 cells a side where VOC's has 125: 256 · (55/125)²
              [D20] labels are scored on all training pictures, with train_aug 10,582; the paper's 48.3 and
@@ -167,6 +168,8 @@ class Args:
     """range of the random scale"""
     irn_radius: int = 10
     """γ of Eq. 2 (§6.1), cells"""
+    irn_ramp: float = 0.0
+    """share of the steps in which Eq. 6's weight grows from 0 to 1; paper: 0, always 1 [D18]"""
     authors_weights: bool = False
     """authors' code: L^B / 2, and L^D averaged over x and y, then halved [D16]"""
     # --- 4 label synthesis (§5) ---
@@ -243,7 +246,8 @@ SHAPES = dict(
 # A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
 PHOTOS = dict(
     train_list="train", cam_steps=165, cam_batch=8, cam_lr=0.05, cam_crop=320, cam_resize=(320, 512),
-    irn_steps=400, irn_batch=4, irn_lr=0.05, irn_amplify=1.0, irn_momentum=0.9, irn_crop=224,      # [D18]
+    irn_steps=2000, irn_batch=4, irn_lr=0.05, irn_amplify=1.0, irn_momentum=0.9, irn_crop=224,     # [D18]
+    irn_ramp=0.5,
     seg_stride=16, seg_steps=1000, seg_batch=8, seg_lr=5e-4,
     seg_crop=257, seg_rates=(3, 6, 9, 12), test_scales=(0.75, 1.0, 1.25), mask_rcnn=False)
 
@@ -253,7 +257,7 @@ FIELDS = {stage: names.split() for stage, names in {
                   "cam_momentum cam_crop cam_resize weight_decay",
     "cam": "supervision crf cam_scales confident_fg confident_bg relation_crf relation_prob",
     "irnet": "irn_init irn_steps irn_batch irn_lr irn_amplify irn_momentum irn_crop irn_rescale irn_radius "
-             "authors_weights",
+             "irn_ramp authors_weights",
     "fields": "",
     "pseudo": "cam_threshold refine_steps centroid walk_radius walk_beta walk_steps background fragment",
     "segmenter": "train_on seg_steps seg_batch seg_lr seg_crop seg_rescale seg_stride seg_rates "
@@ -703,9 +707,10 @@ def train_irnet(args, run, classifier, train_set):
         delta, apart = pair_differences(D, offsets)
         loss_fg, loss_bg = eq5_displacement_fg(delta, apart, fg), eq6_displacement_bg(delta, bg)
         loss_b = eq8_boundary(eq7_affinity(edge.sigmoid(), offsets), fg, bg, differ)
-        loss = loss_fg + loss_bg + loss_b                                               # Eq. (9)
+        ramp = min(1.0, step / (args.irn_ramp * args.irn_steps)) if args.irn_ramp else 1.0      # [D18]
+        loss = loss_fg + ramp * loss_bg + loss_b                                        # Eq. (9)
         if args.authors_weights:
-            loss = (loss_fg + loss_bg) / 4 + loss_b / 2                                 # [D16]
+            loss = (loss_fg + ramp * loss_bg) / 4 + loss_b / 2                          # [D16]
         optim.zero_grad()
         loss.backward()
         optim.step()
