@@ -3,7 +3,7 @@
     python benchmarks/ablations.py list                                   # tables and their rows
     python benchmarks/ablations.py dfr 4.5                                # on shapes, one seed
     python benchmarks/ablations.py dfr 4.5 --seeds 3 --rows 0,1,3,4       # some rows with three seeds
-    python benchmarks/ablations.py rrm 2.3 --data voc -- --root data/voc  # the real data; the rest goes to rrm.py
+    python benchmarks/ablations.py rrm 2.3 --data voc -- --root data/voc  # real data; the rest is for rrm.py
     python benchmarks/ablations.py cian 2 --no-run                        # only collect what was run before
 
 Every row is one run of the method file in runs/ablations/. The rows of a table and seed share their early
