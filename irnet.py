@@ -236,7 +236,7 @@ class Args:
 # What two CPU cores do in minutes; everything else as the paper. tiny's strides are half of ResNet-50's, and
 # the scenes' objects are less than half as large as VOC's.
 SHAPES = dict(
-    backbone="tiny", weights="none", cam_stride=8, cam_steps=1200, cam_lr=0.05, cam_momentum=0.9,
+    backbone="tiny", weights="none", cam_stride=8, cam_steps=4000, cam_lr=0.05, cam_momentum=0.9,
     cam_crop=96, cam_resize=(96, 128), irn_steps=400, irn_batch=4, irn_lr=0.05, irn_amplify=1.0,   # [D18]
     irn_momentum=0.9, irn_crop=96, irn_rescale=(0.75, 1.25), walk_steps=50,                        # [D19]
     seg_stride=4, seg_steps=4000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rates=(3, 6, 9, 12),
@@ -679,6 +679,11 @@ def read_cam(run, name, classes):
     return cam
 
 
+def eq6_weight(step, steps, ramp):
+    """Weight of Eq. (6) in Eq. (9): 1; with `ramp` it grows from 0 to 1 in that share of the steps. [D18]"""
+    return min(1.0, step / (ramp * steps)) if ramp else 1.0
+
+
 def train_irnet(args, run, classifier, train_set):
     """Both branches on the pairs of confident areas, Eq. (9): L = L^D_fg + L^D_bg + L^B."""
     def augment(sample, rng):
@@ -707,10 +712,8 @@ def train_irnet(args, run, classifier, train_set):
         delta, apart = pair_differences(D, offsets)
         loss_fg, loss_bg = eq5_displacement_fg(delta, apart, fg), eq6_displacement_bg(delta, bg)
         loss_b = eq8_boundary(eq7_affinity(edge.sigmoid(), offsets), fg, bg, differ)
-        ramp = min(1.0, step / (args.irn_ramp * args.irn_steps)) if args.irn_ramp else 1.0      # [D18]
-        loss = loss_fg + ramp * loss_bg + loss_b                                        # Eq. (9)
-        if args.authors_weights:
-            loss = (loss_fg + ramp * loss_bg) / 4 + loss_b / 2                          # [D16]
+        loss_d = loss_fg + eq6_weight(step, args.irn_steps, args.irn_ramp) * loss_bg
+        loss = loss_d / 4 + loss_b / 2 if args.authors_weights else loss_d + loss_b     # Eq. (9) [D16]
         optim.zero_grad()
         loss.backward()
         optim.step()

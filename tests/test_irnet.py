@@ -159,6 +159,12 @@ def test_eq5_and_6():
     assert close(irnet.eq6_displacement_bg(delta, some), np.mean(bg))
 
 
+def test_weight_of_eq6_is_one_unless_a_preset_lets_it_grow():
+    assert irnet.Args().irn_ramp == 0
+    assert [irnet.eq6_weight(step, 100, 0.0) for step in (0, 50, 99)] == [1, 1, 1]
+    assert [irnet.eq6_weight(step, 100, 0.5) for step in (0, 25, 50, 99)] == [0, 0.5, 1, 1]
+
+
 def test_eq5_is_zero_for_true_displacements_to_a_centroid():
     y, x = torch.meshgrid(torch.arange(6.0), torch.arange(7.0), indexing="ij")
     D, offsets = torch.stack([2.5 - y, 4 - x])[None], irnet.eq2_offsets(4, 6, 7)
