@@ -679,7 +679,7 @@ def read_cam(run, name, classes):
     return cam
 
 
-def eq6_weight(step, steps, ramp):
+def ramp_weight(step, steps, ramp):
     """Weight of Eq. (6) in Eq. (9): 1; with `ramp` it grows from 0 to 1 in that share of the steps. [D18]"""
     return min(1.0, step / (ramp * steps)) if ramp else 1.0
 
@@ -712,7 +712,7 @@ def train_irnet(args, run, classifier, train_set):
         delta, apart = pair_differences(D, offsets)
         loss_fg, loss_bg = eq5_displacement_fg(delta, apart, fg), eq6_displacement_bg(delta, bg)
         loss_b = eq8_boundary(eq7_affinity(edge.sigmoid(), offsets), fg, bg, differ)
-        loss_d = loss_fg + eq6_weight(step, args.irn_steps, args.irn_ramp) * loss_bg
+        loss_d = loss_fg + ramp_weight(step, args.irn_steps, args.irn_ramp) * loss_bg
         loss = loss_d / 4 + loss_b / 2 if args.authors_weights else loss_d + loss_b     # Eq. (9) [D16]
         optim.zero_grad()
         loss.backward()

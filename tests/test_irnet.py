@@ -161,8 +161,8 @@ def test_eq5_and_6():
 
 def test_weight_of_eq6_is_one_unless_a_preset_lets_it_grow():
     assert irnet.Args().irn_ramp == 0
-    assert [irnet.eq6_weight(step, 100, 0.0) for step in (0, 50, 99)] == [1, 1, 1]
-    assert [irnet.eq6_weight(step, 100, 0.5) for step in (0, 25, 50, 99)] == [0, 0.5, 1, 1]
+    assert [irnet.ramp_weight(step, 100, 0.0) for step in (0, 50, 99)] == [1, 1, 1]
+    assert [irnet.ramp_weight(step, 100, 0.5) for step in (0, 25, 50, 99)] == [0, 0.5, 1, 1]
 
 
 def test_eq5_is_zero_for_true_displacements_to_a_centroid():
