@@ -863,6 +863,9 @@ def check_args(args, train_set):
     if args.seg_batch % group:
         raise UserError(f"--seg-batch {args.seg_batch}: give a multiple of {group}, processes x images of a "
                         "group (a query and its references)")
+    if args.completion and args.supervision != "full" and args.warmup >= args.seg_steps:
+        raise UserError(f"--warmup {args.warmup}: with --seg-steps {args.seg_steps} the completion loss "
+                        "would never begin; give fewer, or --no-completion")
     if not 0 <= args.strong_ratio < 1:
         raise UserError(f"--strong-ratio {args.strong_ratio}: give a share of the images, from 0 to below 1")
     if args.strong_ratio and "mask" not in load(args, "train", masks=True).fields:
