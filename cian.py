@@ -198,9 +198,9 @@ class Args:
 # What two CPU cores do in minutes; everything else as the paper.
 SHAPES = dict(
     backbone="tiny", cam_backbone="tiny", weights="none", cam_stride=8, seg_stride=4,
-    cam_steps=1200, cam_batch=8, cam_lr=0.05, cam_crop=96, cam_resize=(96, 128), superpixels=150,
+    cam_steps=4000, cam_batch=8, cam_lr=0.05, cam_crop=96, cam_resize=(96, 128), superpixels=150,
     init_std=0.1, dilation=6, warmup=1000,                                               # [D14]
-    seg_steps=3000, retrain_steps=1000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rescale=(0.75, 1.0, 1.25))
+    seg_steps=4000, retrain_steps=1500, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rescale=(0.75, 1.0, 1.25))
 # A few hundred photographs with a small pretrained backbone on two CPU cores.
 PHOTOS = dict(
     backbone="mobilenet_v2", cam_backbone="mobilenet_v2", train_list="train", cam_stride=16, seg_stride=16,
@@ -863,6 +863,9 @@ def check_args(args, train_set):
     if args.seg_batch % group:
         raise UserError(f"--seg-batch {args.seg_batch}: give a multiple of {group}, processes x images of a "
                         "group (a query and its references)")
+    if args.completion and args.supervision != "full" and args.warmup >= args.seg_steps:
+        raise UserError(f"--warmup {args.warmup}: with --seg-steps {args.seg_steps} the completion loss "
+                        "would never begin; give fewer, or --no-completion")
     if not 0 <= args.strong_ratio < 1:
         raise UserError(f"--strong-ratio {args.strong_ratio}: give a share of the images, from 0 to below 1")
     if args.strong_ratio and "mask" not in load(args, "train", masks=True).fields:

@@ -484,7 +484,7 @@ def test_predicts_with_the_runs_network(finished, folder, tmp_path):
 
 @pytest.mark.parametrize("more, words", [
     (["--predict", "x"], "checkpoint"), (["--seg-batch", "3"], "multiple of 2"),
-    (["--references", "0"], "no-cross"),
+    (["--references", "0"], "no-cross"), (["--seg-steps", "2"], "never begin"),
     (["--references", "2"], "multiple of 3"), (["--strong-ratio", "1.5"], "share"),
     (["--backbone", "mobilenet_v2", "--weights", "nowhere.pt"], "nowhere")])
 def test_mistakes_end_with_one_sentence(folder, tmp_path, more, words):
@@ -541,7 +541,7 @@ def test_given_saliency_maps_make_the_background(finished, folder, tmp_path):
         image[:, :10] = 0
         save_image(tmp_path / "maps" / f"{file.stem}.png", image)
     run_here(*command(folder, tmp_path / "out", "--reuse", finished, "--rounds", 1, "--seg-steps", 1,
-                      "--saliency", tmp_path / "maps"))
+                      "--warmup", 0, "--saliency", tmp_path / "maps"))
     for file in (tmp_path / "out" / "seeds").glob("*.png"):
         label = read_label(file)
         assert (label[:, 10:] != 0).all() and set(np.unique(label[:, :10])) <= {0, 255}
@@ -564,7 +564,8 @@ def test_a_killed_run_ends_like_an_undisturbed_one(finished, folder, tmp_path):
 def test_two_processes_train(finished, folder, tmp_path):
     """torchrun: pairs stay together in a process, and labels are written by both."""
     sh("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-       *command(folder, tmp_path, "--reuse", finished, "--rounds", 1, "--seg-steps", 2, "--save-every", 1))
+       *command(folder, tmp_path, "--reuse", finished, "--rounds", 1, "--seg-steps", 2, "--warmup", 0,
+                "--save-every", 1))
     assert [s["stage"] for s in stages(tmp_path)] == ["cam", "seed", "val", "val_crf"]
     assert contents(tmp_path, "seeds") == contents(finished, "seeds")
     assert len(contents(tmp_path, "val_crf")) == 6
