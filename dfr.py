@@ -41,8 +41,10 @@ Departures   [D1] Swin-B starts from torchvision's ImageNet-1k weights; the pape
              [D13] the grid is 1/4 of the image for every backbone; batch norms that start from ImageNet stay
                   fixed; no weight decay for any norm layer; logits by torch's bilinear
              [D14] presets: window, σ_xy and λ1 scaled with the smaller grid (λ1 times the number of partners
-                  stays 1.2), σ3 with √d; widths lowered; rates for few steps, a lower one for the head's own
-                  layer: L_fr, alone until the first confident pairs, else makes all of F zero for good
+                  stays 1.2), σ3 with √d; widths lowered; rates for few steps
+             [D15] the biases of the head's own layer start at 1 (paper silent): until confident pairs of two
+                  classes come, nothing holds features apart, and from torch's start the ReLU of each channel
+                  dies meanwhile, so that F is 0 for good; AdamW divides λ2 out of this layer's steps
 The paper's claim is a result without dense CRF: --crf is not used here.
 """
 
@@ -151,8 +153,6 @@ class Args:
     """L_fr, Eq. 4.12 (Table 4.5)"""
     w_feature: float = 1e-3
     """λ2 of Eq. 4.1"""
-    head_lr: float = 1.0
-    """factor of the rate of the head's own layer, where AdamW divides λ2 out again [D14]"""
     fr_pairs: Literal["all", "labelled"] = "all"
     """pairs of Eq. 4.12: R, or R_A as printed [D3]"""
     consistency_labels: Literal["confident", "gt", "both"] = "confident"
@@ -188,19 +188,19 @@ class Args:
 # What two CPU cores do in minutes; everything else as the paper.   [D14]
 SHAPES = dict(
     backbone="tiny", weights="none", width=32, feature_dim=32, sigma_feature=25, radius=2, sigma_xy=2.4,
-    w_dfr=0.05, head_lr=0.005, seg_steps=4000, seg_batch=8, seg_lr=2e-3, warmup=100, seg_crop=96, fit=(0, 0),
+    w_dfr=0.05, seg_steps=4000, seg_batch=8, seg_lr=2e-3, warmup=100, seg_crop=96, fit=(0, 0),
     seg_rescale=(0.75, 1.25), test_scales=(0.75, 1.0, 1.25))
 # A few hundred photographs with a small pretrained backbone on two CPU cores.
 PHOTOS = dict(
     backbone="mobilenet_v2", train_list="train", width=64, feature_dim=32, sigma_feature=25, radius=3,
-    sigma_xy=3.6, w_dfr=0.025, head_lr=0.05, seg_steps=1000, seg_batch=8, seg_lr=2e-4, warmup=50,
+    sigma_xy=3.6, w_dfr=0.025, seg_steps=1000, seg_batch=8, seg_lr=2e-4, warmup=50,
     seg_crop=257, fit=(1028, 257), test_scales=(0.75, 1.0, 1.25))
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {"segmenter": (
     "data root train_list supervision seed amp weights backbone width blocks dropout drop_path aux_head "
     "w_aux scribble_length dfr_loss w_dfr kernel radius sigma_xy sigma_rgb sigma_feature consistency_head "
-    "feature_dim fd_loss fr_loss w_feature head_lr fr_pairs consistency_labels gamma seg_steps seg_batch "
+    "feature_dim fd_loss fr_loss w_feature fr_pairs consistency_labels gamma seg_steps seg_batch "
     "seg_lr warmup weight_decay seg_crop fit seg_rescale cat_max_ratio photometric").split()}
 
 
@@ -322,6 +322,7 @@ class UPerNet(nn.Module):
         for layer in [self.classify, *([self.aux[-1]] if aux else [])]:
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
+        if feature_dim: nn.init.ones_(self.consistency[0].bias)                         # [D15]
 
     def forward(self, image):
         grid = [-(-n // 4) for n in image.shape[-2:]]                                   # [D13]
@@ -599,18 +600,16 @@ def make_dfr(args, weights, classes):
     return net
 
 
-def parameter_groups(net, lr, weight_decay, head_lr):
-    """Optimiser groups: norms and relative positions do not decay [D13]; the head has its own rate."""
+def parameter_groups(net, weight_decay):
+    """Optimiser groups: norms and relative positions do not decay.   [D13]"""
     norms = {id(p) for m in net.modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm))
              for p in m.parameters()}
-    groups = {}
+    groups = {weight_decay: [], 0.0: []}
     for name, p in net.named_parameters():
         if p.requires_grad:
             free = id(p) in norms or name.endswith("relative_position_bias_table")
-            key = lr * (head_lr if name.startswith("consistency.") else 1), 0.0 if free else weight_decay
-            groups.setdefault(key, []).append(p)
-    return [{"params": params, "lr": rate, "weight_decay": decay}
-            for (rate, decay), params in groups.items()]
+            groups[0.0 if free else weight_decay].append(p)
+    return [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
 
 
 def rates(steps, warmup):
@@ -630,7 +629,7 @@ def train_segmenter(args, run, train_set):
         raise UserError(f"--seg-batch {args.seg_batch}: each process needs two images or more, since batch "
                         "norm sees one value an image in the coarsest pooling")
     ddp = run.place(net).train()
-    groups = parameter_groups(net, args.seg_lr, args.weight_decay, args.head_lr)
+    groups = parameter_groups(net, args.weight_decay)
     optim = torch.optim.AdamW(groups, lr=args.seg_lr, betas=(0.9, 0.999))
     draws, schedule = Draws(train_set, augment_with(args), args.seed), rates(args.seg_steps, args.warmup)
     for step, batch in run.steps("segmenter", draws, args.seg_steps, args.seg_batch, net, optim, schedule):

@@ -443,17 +443,14 @@ def test_wrong_kernel():
 def test_parameter_groups():
     torch.manual_seed(0)
     net = torch.nn.Sequential(dfr.Swin(thin_swin(), 0.3), dfr.conv_bn_relu(64, 8, 1))
-    net.consistency = torch.nn.Conv2d(8, 2, 1)
     names, found = {id(p): n for n, p in net.named_parameters()}, {}
-    for group in dfr.parameter_groups(net, 2.0, 0.01, 0.1):
-        for p in group["params"]: found[names[id(p)]] = group["lr"], group["weight_decay"]
+    for group in dfr.parameter_groups(net, 0.01):
+        for p in group["params"]: found[names[id(p)]] = group["weight_decay"]
     assert set(found) == set(names.values())
-    without = {n for n, (_, decay) in found.items() if decay == 0}
+    without = {n for n, decay in found.items() if decay == 0}
     assert without == {n for n in names.values() if "norm" in n or "bias_table" in n
                        or n in ("0.blocks.0.0.2.weight", "0.blocks.0.0.2.bias", "1.1.weight", "1.1.bias")}
-    assert {decay for n, (_, decay) in found.items() if n not in without} == {0.01}
-    assert {n for n, (rate, _) in found.items() if rate == 0.2} == {"consistency.weight", "consistency.bias"}
-    assert {rate for rate, _ in found.values()} == {0.2, 2.0}
+    assert {decay for n, decay in found.items() if n not in without} == {0.01}
 
 
 def test_rates_are_mmsegmentations():
@@ -603,6 +600,30 @@ def test_the_losses_fall():
         history.append([v.item() for v in losses])
     first, last = np.mean(history[:2], 0), np.mean(history[-2:], 0)
     assert last[0] < 0.8 * first[0] and last[1] < first[1] and last[2] < first[2], history
+
+
+def test_the_head_outlives_a_time_without_confident_pairs():
+    """L_fr alone, then L_fd with labels of all kinds, by the preset's rate: F must not be 0 for good, since
+    no loss has a gradient there."""
+    batch, net = batch_of(4, photometric=False, seg_crop=48, supervision="full"), network().train()
+    kept, offsets = [], dfr.eq4_3_window(2)
+    net.fuse.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].detach()))
+    net(batch.image)
+    I, inside = F.avg_pool2d(batch.image, 4), torch.ones(4, 12, 12, dtype=torch.bool)
+    relations = dfr.eq4_8_9_relations(batch.mask[:, ::4, ::4], offsets)
+    K_f = dfr.eq4_6_13_kernel(I, None, inside, offsets, ("xy", "rgb"), 2.4, 0.5)
+    optim, L_fd = torch.optim.AdamW(net.consistency.parameters(), lr=dfr.SHAPES["seg_lr"]), []
+    for step in range(250):
+        feature = net.consistency(kept[0])
+        log_D = dfr.eq4_10_log_affinity(feature, offsets)
+        L_fd.append(dfr.eq4_11_feature_distance(log_D, *relations))
+        loss = dfr.eq4_12_feature_regularised(log_D, K_f, inside) + (L_fd[-1] if step >= 150 else 0)
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+    first, before, last = L_fd[0], L_fd[149], L_fd[-1]
+    dead = (feature.amax((0, 2, 3)) == 0).float().mean()
+    assert before > 2 * first and last < 0.5 * before and dead < 0.5, (first, before, last, dead)
 
 
 # ---------------------------------------------------------------- runs
