@@ -1,10 +1,10 @@
 """Runs the tables of the papers, one command a table; nothing imports this file.
 
-    python benchmarks/ablations.py list                                   # tables and their rows
-    python benchmarks/ablations.py dfr 4.5                                # on shapes, one seed
-    python benchmarks/ablations.py dfr 4.5 --seeds 3 --rows 0,1,3,4       # some rows with three seeds
-    python benchmarks/ablations.py rrm 2.3 --data voc -- --root data/voc  # real data; the rest is for rrm.py
-    python benchmarks/ablations.py cian 2 --no-run                        # only collect what was run before
+    python benchmarks/ablations.py list                                        # tables and their rows
+    python benchmarks/ablations.py dfr --table 4.5                             # on shapes, one seed
+    python benchmarks/ablations.py dfr --table 4.5 --seeds 3 --rows 0,1,3,4    # some rows with three seeds
+    python benchmarks/ablations.py rrm --table 2.3 --data voc --extra="--root data/voc"    # the real data
+    python benchmarks/ablations.py cian --table 2 --no-run                     # only what was run before
 
 Every row is one run of the method file in runs/ablations/. The rows of a table and seed share their early
 stages through --reuse of its first row. The same command again continues: a finished row is not run twice.
@@ -12,6 +12,7 @@ Writes benchmarks/results/ablation_<method>_<table>_<data>.json and a Markdown t
 paper's column, and says of each ordering of the paper whether it holds; a row that was not run says so.
 """
 
+import functools
 import json
 import shlex
 import statistics
@@ -20,8 +21,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-from tyro.conf import Positional
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -114,9 +113,7 @@ TABLES = {
 
 @dataclass
 class Args:
-    method: Positional[str]
-    """a2gnn, cian, …, or list"""
-    table: Positional[str] = ""
+    table: str
     """number of the paper's table, such as 4.5"""
     data: str = "shapes"
     """--data of the method file"""
@@ -126,20 +123,22 @@ class Args:
     """numbers of the rows to run, such as 0,3; default all. The others are reported where they were run"""
     to: str = "runs/ablations"
     """folder of the runs"""
+    extra: str = ""
+    """further flags of the method file, for all rows, in quotes"""
     run: bool = True
     """--no-run: only collect finished runs"""
 
 
-def folder_of(args, row, seed):
+def folder_of(method, args, row, seed):
     name = "".join(c if c.isalnum() or c in ".-" else "_" for c in row.flags.replace("--", "")) or "default"
-    return Path(args.to) / f"{args.method}-{args.data}" / f"{name}-s{seed}"
+    return Path(args.to) / f"{method}-{args.data}" / f"{name}-s{seed}"
 
 
-def run_row(args, row, seed, donor, rest):
+def run_row(method, args, row, seed, donor):
     """One run of the method file; ends this script where the run fails, and the next call continues it."""
-    folder = folder_of(args, row, seed)
-    command = [sys.executable, str(ROOT / f"{args.method}.py"), "--data", args.data, *shlex.split(row.flags),
-               "--seed", str(seed), "--out", str(folder), *rest]
+    folder = folder_of(method, args, row, seed)
+    command = [sys.executable, str(ROOT / f"{method}.py"), "--data", args.data, *shlex.split(row.flags),
+               "--seed", str(seed), "--out", str(folder), *shlex.split(args.extra)]
     if donor != folder and (donor / "args.json").exists(): command += ["--reuse", str(donor)]
     print("\n$ " + shlex.join(command), flush=True)
     if subprocess.run(command).returncode:
@@ -155,21 +154,20 @@ def finished(folder, stages):
     return results if stages[0] in names else None
 
 
-def collect(args, table):
+def collect(method, args, table):
     """Everything that was run: list of rows with the values of each seed."""
     rows = []
     for row in table.rows:
-        values, commands, commits, seconds = {}, [], set(), []
+        values, commits, seconds = {}, set(), []
         for seed in range(args.seeds):
-            results = finished(folder_of(args, row, seed), table.stages)
+            results = finished(folder_of(method, args, row, seed), table.stages)
             if results is None: continue
             scores = {stage["stage"]: stage.get(table.metric) for stage in results["stages"]}
             values[str(seed)] = {stage: scores.get(stage) for stage in table.stages}
-            commands.append(results["command"])
             commits.add(results["git"])
             seconds.append(sum(stage.get("seconds") or 0 for stage in results["stages"]))
         rows.append({"label": row.label, "flags": row.flags, "paper": row.paper, "seeds": values,
-                     "commands": commands, "commits": sorted(commits), "seconds": seconds})
+                     "commits": sorted(commits), "seconds": seconds})
     return rows
 
 
@@ -194,9 +192,9 @@ def judge(table, rows):
     return verdicts
 
 
-def markdown(args, table, rows, verdicts):
+def markdown(method, args, table, rows, verdicts):
     head = ["row", *(f"{stage} ({table.metric})" for stage in table.stages), "seeds", "paper"]
-    lines = [f"### {args.method}.py, {table.title}, `--data {args.data}`", "", "| " + " | ".join(head) + " |",
+    lines = [f"### {method}.py, {table.title}, `--data {args.data}`", "", "| " + " | ".join(head) + " |",
              "|" + "---|" * len(head)]
     for row in rows:
         columns = [spread([v[stage] for v in row["seeds"].values() if v[stage] is not None])
@@ -221,36 +219,48 @@ def write(path, text):
     path.with_suffix(path.suffix + ".tmp").replace(path)
 
 
-def main():
-    import tyro
-    args, rest = tyro.cli(Args, description=__doc__, return_unknown_args=True)
-    if args.method == "list":
-        for method, tables in TABLES.items():
-            for number, table in tables.items():
-                print(f"{method} {number}: {table.title}")
-                for i, row in enumerate(table.rows): print(f"    {i}  {row.label}: {row.flags or 'defaults'}")
-        return
-    if args.table not in TABLES.get(args.method, {}):
-        known = ", ".join(f"{m} {n}" for m, tables in TABLES.items() for n in tables)
-        raise SystemExit(f"there is no table '{args.method} {args.table}'; there are: {known}")
-    table = TABLES[args.method][args.table]
+def list_tables() -> None:
+    """All tables and their rows."""
+    for method, tables in TABLES.items():
+        for number, table in tables.items():
+            print(f"{method} --table {number}: {table.title}")
+            for i, row in enumerate(table.rows): print(f"    {i}  {row.label}: {row.flags or 'defaults'}")
+
+
+def run_table(method: str, args: Args) -> None:
+    """Runs a table's rows that are not finished, then writes and prints the table."""
+    if args.table not in TABLES[method]:
+        raise SystemExit(f"{method} has no --table {args.table}; there are: {', '.join(TABLES[method])}")
+    table = TABLES[method][args.table]
     wanted = [int(n) for n in args.rows.split(",")] if args.rows else range(len(table.rows))
     if not all(0 <= n < len(table.rows) for n in wanted) or args.seeds < 1:
         raise SystemExit(f"--rows are numbers from 0 to {len(table.rows) - 1}, --seeds is at least 1")
     for seed in range(args.seeds if args.run else 0):
-        donor = folder_of(args, table.rows[wanted[0]], seed)
+        donor = folder_of(method, args, table.rows[wanted[0]], seed)
         for n in wanted:
-            if finished(folder_of(args, table.rows[n], seed), table.stages) is None:
-                run_row(args, table.rows[n], seed, donor, [r for r in rest if r != "--"])
-    rows = collect(args, table)
+            if finished(folder_of(method, args, table.rows[n], seed), table.stages) is None:
+                run_row(method, args, table.rows[n], seed, donor)
+    rows = collect(method, args, table)
     verdicts = judge(table, rows)
-    text = markdown(args, table, rows, verdicts)
-    name = f"ablation_{args.method}_{args.table}_{args.data}"
+    text = markdown(method, args, table, rows, verdicts)
+    name = f"ablation_{method}_{args.table}_{args.data}"
     write(RESULTS / f"{name}.json", json.dumps(
-        {"method": args.method, "table": args.table, "title": table.title, "data": args.data, "extra": rest,
+        {"method": method, "table": args.table, "title": table.title, "data": args.data, "extra": args.extra,
          "rows": rows, "orders": verdicts}, indent=1) + "\n")
     write(RESULTS / f"{name}.md", text)
     print("\n" + text)
+
+
+def main():
+    import tyro
+    from tyro.extras import subcommand_cli_from_dict
+
+    def command(method, args: tyro.conf.OmitArgPrefixes[Args]) -> None:
+        """One table of this method."""
+        run_table(method, args)
+
+    subcommand_cli_from_dict({**{method: functools.partial(command, method) for method in TABLES},
+                              "list": list_tables}, description=__doc__)
 
 
 if __name__ == "__main__":
