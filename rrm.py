@@ -253,7 +253,7 @@ PHOTOS = dict(
     seg_backbone="same", train_list="train", cam_stride=16, stride=16, seg_stride=16,
     cam_steps=330, cam_batch=8, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
     local_dilation=6, local_width=256, attention_width=128, energy_xy=80,
-    joint_steps=600, joint_lr=1e-4, joint_momentum=0.9, heads_x10=True, joint_crop=257,
+    joint_steps=300, joint_lr=1e-4, joint_momentum=0.9, heads_x10=True, joint_crop=257,
     seg_steps=1000, seg_batch=8, seg_lr=5e-4, seg_crop=257, seg_rates=(3, 6, 9, 12),
     seg_scales=(0.75, 1.0, 1.25))
 
