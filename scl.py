@@ -2,17 +2,17 @@
 B. Zhang, J. Xiao, T. Qin; CVPR 2021. Equation numbers: B. Zhang's thesis, chapter 5.
 Both baselines are here: CANet (C. Zhang et al., CVPR 2019) and PFENet (Z. Tian et al., TPAMI 2020).
 
-Symbols      I_s, M_s support picture and mask, 1 = the class, 255 = no label · I_q, M_q query · F_s, F_q their
-             features (B,d,h,w) · v_s, v_pri, v_aux support vectors (B,d), V those in use, side by side (B,n,d)
-             · P_s1, P_s2, P_q probabilities (B,2,h,w) · FPM feature processing module, D decoder · K shots ·
+Symbols      I_s, M_s support picture and mask, 1 = the class, 255 = no label · I_q, M_q query · F_s, F_q
+             features (B,d,h,w) · v_s, v_pri, v_aux support vectors (B,d), V those in use (B,n,d) · P_s1,
+             P_s2, P_q probabilities (B,2,h,w) · FPM feature processing module, D decoder · K shots ·
              G(I_i|I_k) scores of picture i with support k · U_s^k confidence in support k
 Equations    (5.1) eq5_1_support_vector    (5.2, 5.8, 5.11) eq5_2_8_11_concat
              (5.3, 5.9) SCL.eq5_3_9_support_scores    (5.4) eq5_4_predicted_mask
              (5.5, 5.6) eq5_5_6_primary_auxiliary    (5.7, 5.10, 5.13) eq5_7_10_13_cross_entropy
              (5.12) SCL.eq5_12_query_scores    (5.14) eq5_14_total    (5.15) eq5_15_cross_predictions
              (5.16) eq5_16_confidence    (5.17) eq5_17_fuse
-Figures      Fig. 5.1 = SCL.forward; Fig. 5.2 = SCL.self_guided; Fig. 5.4 = SingleScaleFPM, SingleScaleDecoder;
-             Fig. 5.5 = MultiScaleFPM, MultiScaleDecoder; Fig. 1.5 = stage test_self
+Figures      Fig. 5.1 = SCL.forward; Fig. 5.2 = SCL.self_guided; Fig. 5.4 = SingleScaleFPM and
+             SingleScaleDecoder; Fig. 5.5 = MultiScaleFPM and MultiScaleDecoder; Fig. 1.5 = test_self
 Tables       5.6 --test-scales 1 · 5.7 --guide none, with the stages test_1shot, test_5shot_average and
              test_5shot_cgm of both runs · 5.8 --vectors s | pri | aux | all · 5.9 --no-s1-loss, --no-s2-loss
 Commands     python scl.py                                     # embedded shapes, made for two CPU cores
@@ -36,15 +36,15 @@ Departures   [D1] backbones are torchvision's; PFENet's has a stem of three 3x3 
              [D8] Eq. 5.16 as printed: all i, with i = k, IoU of the class, predictions of the query's module;
                   authors' code (--cgm-score code): i ≠ k, predictions of the support's module, for PFENet the
                   mean of both classes' IoU. All U zero: the average
-             [D9] --vectors s, pri, aux: the one vector takes both places; --vectors s has no L_s2, which would
-                  be L_s1 once more
+             [D9] --vectors s, pri, aux: the one vector takes both places; --vectors s has no L_s2, which
+                  would be L_s1 once more
              [D10] bins of PFENet are shares of the feature grid, 60/60 to 8/60, in tests too
              [D11] a crop without a pixel of the class is drawn again, ten times at most
              [D12] test classes are drawn with equal chance; classes with fewer pictures than shots + 1 are
                   left out and named; the last network is tested (authors' code: the best epoch on the test
                   episodes)
-             [D13] a backbone from nothing (--weights none) first learns to segment the fold's training classes;
-                  then it stays fixed, as one from ImageNet does
+             [D13] a backbone from nothing (--weights none) first learns to segment the fold's training
+                  classes; then it stays fixed, as one from ImageNet does
              [D14] presets: narrower decoders with torch's first weights, less dropout, rates for few steps,
                   pictures of a class from fewer pixels on, fewer refinements
 Nothing here uses a dense CRF, as in the paper; --crf has no effect.
@@ -63,8 +63,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (
-    DeepLab, Run, UserError, barrier, contact_sheet, make_backbone, overlay, parse_args, poly, rank, read_json,
-    read_state, reduce, save_image, save_label, save_npz, shard, start_processes, world, write_json)
+    DeepLab, Run, UserError, barrier, contact_sheet, make_backbone, overlay, parse_args, poly, rank,
+    read_json, read_state, reduce, save_image, save_label, save_npz, shard, start_processes, world,
+    write_json)
 from data import (
     MEAN, PICTURES, DataError, Draws, Sample, changed, class_areas, class_folds, class_mask, crop, flip, load,
     normalise, read_image, read_label, rescale, resize, resize_long, window)
@@ -79,7 +80,7 @@ class Args:
     supervision: Literal["full"] = "full"
     """masks of the training classes; pixels of held-out classes are background"""
     backbone: Literal["tiny", "resnet50", "resnet101", "mobilenet_v2"] = "resnet50"
-    """stays fixed. Features: layer2, layer3, and for PFENet's prior layer4; features 6, 13, 18 of MobileNet [D1]"""
+    """stays fixed. Taps: layer2, layer3, for PFENet's prior layer4; features 6, 13, 18 of MobileNet [D1]"""
     # --- run: the same lines in every file, so a diff shows only the method ---
     root: str = ""
     """where the data lies; default data/<name>"""
@@ -127,6 +128,8 @@ class Args:
     """images a step, over all processes"""
     enc_lr: float = 0.05
     """SGD, poly 0.9"""
+    enc_decay: float = 5e-4
+    """weight decay"""
     enc_rescale: tuple[float, float] = (0.75, 1.5)
     """range of the random scale; crops of seg_crop"""
     # --- network (Figs. 5.4, 5.5) ---
@@ -212,10 +215,10 @@ PHOTOS = dict(
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
-    "encoder": "data root train_list seed amp weights backbone fold folds min_area enc_steps enc_batch enc_lr "
-               "enc_rescale seg_crop momentum weight_decay",
+    "encoder": "data root train_list supervision seed amp weights backbone fold folds min_area enc_steps "
+               "enc_batch enc_lr enc_decay enc_rescale seg_crop momentum",
     "segmenter": "baseline guide vectors s1_loss s2_loss width dropout init_std empty_history inner_weight "
-                 "batch_norm seg_steps seg_batch seg_lr seg_rescale",
+                 "batch_norm seg_steps seg_batch seg_lr weight_decay seg_rescale",
 }.items()}
 
 
@@ -315,8 +318,9 @@ class SingleScaleDecoder(nn.Module):
     def __init__(self, width, dropout, rates=(6, 12, 18)):
         super().__init__()
         self.residuals = nn.ModuleList(Residual(width, width) for _ in range(2))
-        layers = [nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1), *(conv3(width, width, r) for r in rates)]
-        self.aspp = nn.ModuleList(nn.Sequential(conv, nn.ReLU(), nn.Dropout2d(dropout)) for conv in layers)
+        convs = [nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1),      # of the mean, of each cell
+                 *(conv3(width, width, rate) for rate in rates)]
+        self.aspp = nn.ModuleList(nn.Sequential(conv, nn.ReLU(), nn.Dropout2d(dropout)) for conv in convs)
         self.classify = nn.Sequential(nn.Conv2d(5 * width, width, 1), nn.ReLU(), nn.Dropout2d(dropout),
                                       nn.Conv2d(width, 2, 1))
 
@@ -391,9 +395,9 @@ class SCL(nn.Module):
     def __init__(self, backbone, stride, baseline, sgm, vectors, width, dropout, empty_history, refinements):
         super().__init__()
         single = baseline == "canet"
-        self.backbone, self.stride, self.single, self.vectors = backbone.requires_grad_(False), stride, single, vectors
-        self.empty_history, self.refinements = empty_history, refinements
-        if single: backbone.blocks = backbone.blocks[:3]                     # layer4 is for the prior mask alone
+        self.backbone, self.stride, self.single = backbone.requires_grad_(False), stride, single
+        self.vectors, self.empty_history, self.refinements = vectors, empty_history, refinements
+        if single: backbone.blocks = backbone.blocks[:3]                  # layer4 only makes the prior mask
         middle, self.third = sum(backbone.channels[1:3]), backbone.channels[2]
         self.places = 3 if len(vectors) == 3 else 2 if sgm else 1
 
@@ -441,7 +445,7 @@ class SCL(nn.Module):
         return V, scores
 
     def eq5_12_query_scores(self, F_q, V, prior=None):
-        """Eq. (5.12) before the softmax: D(FPM_q(F_q^A)); CANet goes over it again with its own prediction."""
+        """Eq. (5.12) before the softmax: D(FPM_q(F_q^A)); CANet's again and again, with what it predicted."""
         def once(extra):
             return [scores.float() for scores in self.decoder(self.fpm_query(F_q, V, extra))]
 
@@ -553,7 +557,7 @@ def confidence(net, supports, score):
 
 # ── Episodes (§5.2, §5.4.2) ─────────────────────────────────────────────────────────────────────────────────
 def pictures_of(areas, classes, min_area, least, names):
-    """Which pictures stand for which class.   areas (n,K) pixels -> (n,K) bool, {class left out: pictures}
+    """Which pictures stand for a class.   areas (n,K) pixels -> (n,K) bool, {class left out: its pictures}
 
     A class needs min_area pixels in at least `least` pictures [D12]; all others' columns are False.
     """
@@ -572,6 +576,27 @@ def read_areas(run, dataset, split):
                  areas=class_areas(dataset, tqdm(range(len(dataset)), f"areas of {split}")))
     with np.load(run.path("areas", split, ".npz")) as file:
         return file["areas"]
+
+
+def make_pools(args, run, train_set, val_set):
+    """Pictures of the fold's training and of its test classes (n,K) bool; test classes left out {name: …}"""
+    names = train_set.classes
+    tested = class_folds(args.data, names, args.folds)[args.fold]
+    trained = [k for k in range(1, len(names) + 1) if k not in tested]
+    run.say(f"fold {args.fold}: tested {', '.join(names[k - 1] for k in tested)} · trained "
+            f"{', '.join(names[k - 1] for k in trained)}")
+    pools = []
+    for split, data, classes, least in (("train", train_set, trained, 2),
+                                        ("val", val_set, tested, max(args.shots) + 1)):
+        areas = read_areas(run, data, split)
+        why = f"{least} {split} pictures with {args.min_area} pixels of it"
+        pool, short = pictures_of(areas, classes, args.min_area, least, names)
+        if short: run.say(f"left out, fewer than {why}: {short}")
+        if not pool.any():
+            raise DataError(f"fold {args.fold}: no class has {why}; lower --shots or --min-area, or take "
+                            "another fold")
+        pools.append(pool)
+    return pools, short
 
 
 class Episodes(torch.utils.data.Dataset):
@@ -602,7 +627,7 @@ class Episodes(torch.utils.data.Dataset):
 
 
 def draw_episodes(pool, number, shots, seed):
-    """Test episodes (number, 2 + shots): class 1..K, query, supports. More shots leave the first as they are."""
+    """Test episodes (number, 2 + shots): class 1..K, query, supports; with more shots the first stay."""
     rng, rows = np.random.default_rng([seed, 3]), []
     classes = np.flatnonzero(pool.any(0))
     for _ in range(number):
@@ -654,9 +679,9 @@ def pretrained(backbone, weights):
 
 
 def make_encoder(args, weights):
-    """Backbone whose layer2, layer3 and layer4 lie on one grid.   [D1]"""
+    """Backbone whose layer2, layer3 and layer4 lie on one grid.   [D1] [D2]"""
     start = pretrained(args.backbone, args.weights)
-    return make_backbone(args.backbone, weights, stride_of(args), start and args.batch_norm == "frozen")   # [D2]
+    return make_backbone(args.backbone, weights, stride_of(args), start and args.batch_norm == "frozen")
 
 
 def stride_of(args):
@@ -694,18 +719,21 @@ def train_encoder(args, run, train_set, pool):
     backbone = make_encoder(args, "none")
     net = DeepLab(backbone, nn.Conv2d(backbone.channels[-1], len(columns) + 1, 1))
     ddp, s = run.place(net).train(), stride_of(args)
-    optim = torch.optim.SGD(net.parameters(), lr=args.enc_lr, momentum=args.momentum, weight_decay=5e-4)
+    optim = torch.optim.SGD(net.parameters(), lr=args.enc_lr, momentum=args.momentum,
+                            weight_decay=args.enc_decay)
     kept = torch.utils.data.Subset(train_set, np.flatnonzero(pool.any(1)).tolist())
     draws, schedule = Draws(kept, augment, args.seed), poly(args.enc_steps)
     for step, batch in run.steps("encoder", draws, args.enc_steps, args.enc_batch, net, optim, schedule):
         with run.autocast():
             scores = ddp(batch.image)
         label = batch.mask[:, ::s, ::s]                                                 # [D5]
-        loss = masked_mean(F.cross_entropy(scores.float(), label, ignore_index=255, reduction="none"), label != 255)
+        value = F.cross_entropy(scores.float(), label, ignore_index=255, reduction="none")
+        loss = masked_mean(value, label != 255)
         optim.zero_grad()
         loss.backward()
         optim.step()
-        run.log(step, loss=loss, right=((scores.argmax(1) == label) & (label > 0)).sum() / (label > 0).sum())
+        inside = (label > 0) & (label != 255)
+        run.log(step, loss=loss, right=masked_mean((scores.argmax(1) == label).float(), inside))
     return net.backbone.freeze() if args.batch_norm == "frozen" else net.backbone
 
 
@@ -719,9 +747,9 @@ def train_segmenter(args, run, train_set, pool, backbone):
     def augment(sample, support, rng):
         return AUGMENT[args.baseline](sample, support, args.seg_crop, args.seg_rescale, rng)
 
-    draws = Episodes(train_set, pool, augment, args.seed)
-    schedule = poly(args.seg_steps) if args.baseline == "pfenet" else None
-    for step, batch in run.steps("segmenter", draws, args.seg_steps, 2 * args.seg_batch, net, optim, schedule):
+    draws, steps = Episodes(train_set, pool, augment, args.seed), args.seg_steps
+    schedule = poly(steps) if args.baseline == "pfenet" else None
+    for step, batch in run.steps("segmenter", draws, steps, 2 * args.seg_batch, net, optim, schedule):
         M_q, M_s = batch.mask[::2], batch.mask[1::2]
         with run.autocast():
             scores = ddp(batch.image, batch.mask)
@@ -743,8 +771,8 @@ def fitted(sample, baseline, size):
     """A picture in the size of training: stretched (CANet), or padded (PFENet).   -> sample, (h, w) within"""
     if baseline == "canet": return resize(sample, (size, size)), (size, size)
     sample = resize_long(sample, size)
-    fields = dict(image=window(sample.image, 0, 0, size, MEAN_COLOUR), mask=window(sample.mask, 0, 0, size, 255))
-    return changed(sample, **fields), sample.image.shape[:2]
+    image = window(sample.image, 0, 0, size, MEAN_COLOUR)
+    return changed(sample, image=image, mask=window(sample.mask, 0, 0, size, 255)), sample.image.shape[:2]
 
 
 @torch.no_grad()
@@ -753,16 +781,17 @@ def encode_support(args, net, image, mask, device, name="support"):
     sample = normalise(fitted(Sample(image=image, mask=mask), args.baseline, args.seg_crop)[0])
     mask = sample.mask[None].to(device)
     if not (mask == 1).any():
-        raise UserError(f"{name}: its mask is empty at {args.seg_crop} pixels; give a picture that shows more "
-                        "of the class")
+        raise UserError(f"{name}: its mask is empty at {args.seg_crop} pixels; give a picture that shows "
+                        "more of the class")
     middle, high = net.encode(sample.image[None].to(device, memory_format=torch.channels_last))
-    F_q, F_s, M_s = net.reduce_query(middle).float(), net.reduce_support(middle).float(), to_cells(mask, net.stride)
-    return Supports(F_q, F_s, net.self_guided(F_s, M_s)[0], mask, high, net.object_high(middle, M_s))
+    F_s, M_s = net.reduce_support(middle).float(), to_cells(mask, net.stride)
+    return Supports(net.reduce_query(middle).float(), F_s, net.self_guided(F_s, M_s)[0], mask, high,
+                    net.object_high(middle, M_s))
 
 
 @torch.no_grad()
 def encode_query(args, net, image, device):
-    """A query picture at each test scale -> list of F_q, layer4, size of the network's input, (h, w) within"""
+    """A query picture at each test scale -> list of F_q, layer4, size that the network saw, (h, w) within"""
     views, plain = [], Sample(image=image, mask=np.zeros(image.shape[:2], np.uint8))
     for scale in args.test_scales:
         if net.single:                                                       # its own size
@@ -789,8 +818,8 @@ def query_scores(net, views, supports, size):
 
 def settings(args):
     """{stage without "test_": (shots, fuse)}; 1 shot has nothing to fuse."""
-    return {"1shot" if K == 1 else f"{K}shot_{fuse}": (K, "none" if K == 1 else fuse)
-            for K in args.shots for fuse in (args.fuse if K > 1 else ("none",))}
+    several = {f"{K}shot_{fuse}": (K, fuse) for K in args.shots if K > 1 for fuse in args.fuse}
+    return {**({"1shot": (1, "none")} if 1 in args.shots else {}), **several}
 
 
 @torch.no_grad()
@@ -798,9 +827,10 @@ def segment(args, net, views, supports, size):
     """{setting: (H,W) bool} for one query; a setting of K shots takes the first K supports."""
     scores, found = query_scores(net, views, supports, size), {}
     for setting, (K, fuse) in settings(args).items():
-        U = torch.ones(K, device=scores.device)
-        if fuse == "cgm": U = confidence(net, Supports(*(part if part is None else part[:K] for part in supports)),
-                                         args.cgm_score)
+        U = torch.ones(K, device=scores.device)                                         # [D7]
+        if fuse == "cgm":
+            first = Supports(*(None if part is None else part[:K] for part in supports))
+            U = confidence(net, first, args.cgm_score)
         found[setting] = (eq5_17_fuse(scores[:K], U).argmax(0) == 1).cpu().numpy()
     return found
 
@@ -819,37 +849,40 @@ def write_test(args, run, net, val_set, episodes):
 
     Writes test/s<seed>_<first episode>.npz: class (E,), setting (E,4) as counts_of; panels/test.png
     """
-    kept = functools.lru_cache(args.cache)                                   # one picture at a time: no change
-
-    @kept
+    @functools.lru_cache(args.cache)                                         # one picture at a time: the same
     def support_of(i, k):
         s = val_set[i]
         return encode_support(args, net, s.image, class_mask(s.mask, k), run.device, s.name)
 
-    @kept
+    @functools.lru_cache(args.cache)
     def query_of(i):
         return encode_query(args, net, val_set[i].image, run.device)
+
+    def test(k, query, chosen):
+        supports, size = together([support_of(i, k) for i in chosen]), val_set[query].mask.shape
+        found = segment(args, net, query_of(query), supports, size)
+        size = val_set[chosen[0]].mask.shape
+        scores = query_scores(net, query_of(chosen[0]), support_of(chosen[0], k), size)
+        return {**found, "self": (scores[0].argmax(0) == 1).cpu().numpy()}
 
     names = [f"s{seed}_{first:05d}" for seed in range(args.test_seeds)
              for first in range(0, args.episodes, CHUNK)]
     with run.timed("test"), run.autocast():
         for (name,) in run.todo(names, "test"):
             seed, first = map(int, name[1:].split("_"))
-            counts, rows = {"class": []}, []
+            counts, panels = {"class": []}, []
             for k, query, *chosen in episodes[seed][first:first + CHUNK].tolist():
-                q, s = val_set[query], val_set[chosen[0]]
-                supports = together([support_of(i, k) for i in chosen])
-                found = segment(args, net, query_of(query), supports, q.image.shape[:2])
-                alone = query_scores(net, query_of(chosen[0]), support_of(chosen[0], k), s.image.shape[:2])
-                found["self"] = (alone[0].argmax(0) == 1).cpu().numpy()
-                for setting, predicted in found.items():
-                    truth = class_mask((s if setting == "self" else q).mask, k)
-                    counts.setdefault(setting, []).append(counts_of(predicted, truth))
+                found, q, s = test(k, query, chosen), val_set[query], val_set[chosen[0]]
                 counts["class"].append(k)
-                if name == names[0] and len(rows) < 16:
-                    rows.append([overlay(s.image, s.mask == k), q.image, *(
-                        overlay(q.image, found[setting]) for setting in settings(args)), overlay(q.image, q.mask == k)])
-            if rows: contact_sheet(run.path("panels", "test"), rows, ["support", "query", *settings(args), "truth"])
+                for setting, predicted in found.items():
+                    mask = (s if setting == "self" else q).mask
+                    counts.setdefault(setting, []).append(counts_of(predicted, class_mask(mask, k)))
+                labels = [*(found[setting] for setting in settings(args)), q.mask == k]
+                labels = [overlay(q.image, label) for label in labels]
+                panels.append([overlay(s.image, s.mask == k), q.image, *labels])
+            if name == names[0]:
+                titles = ["support", "query", *settings(args), "ground truth"]
+                contact_sheet(run.path("panels", "test"), panels[:16], titles)
             save_npz(run.path("test", name, ".npz"), **{key: np.array(rows) for key, rows in counts.items()})
 
 
@@ -877,57 +910,64 @@ def scores_of(classes, counts, weights=None):
 
 
 def paired_gain(classes, mine, other, draws=2000):
-    """mIoU and FB-IoU of `mine` minus those of `other`, with the 95 % interval of a bootstrap over episodes."""
-    weights = np.random.default_rng(0).multinomial(len(classes), np.full(len(classes), 1 / len(classes)), draws)
+    """What `mine` gains over `other` in mIoU and FB-IoU, with a 95 % interval: bootstrap over episodes."""
+    E = len(classes)
+    weights = np.random.default_rng(0).multinomial(E, np.full(E, 1 / E), draws)
     out = {}
-    for i, key in enumerate(("gain", "fb_gain")):
-        value = scores_of(classes, mine)[i] - scores_of(classes, other)[i]
-        low, high = np.nanpercentile(scores_of(classes, mine, weights)[i] - scores_of(classes, other, weights)[i], (2.5, 97.5))
-        out |= {key: float(value[0]), f"{key}_low": float(low), f"{key}_high": float(high)}
+    for key, i in (("gain", 0), ("fb_gain", 1)):
+        one, many = (scores_of(classes, mine, w)[i] - scores_of(classes, other, w)[i]
+                     for w in (None, weights))
+        low, high = np.nanpercentile(many, (2.5, 97.5))
+        out |= {key: float(one[0]), f"{key}_low": float(low), f"{key}_high": float(high)}
     return out
+
+
+def joined(tests):
+    """The tests of all seeds as one."""
+    return {key: np.concatenate([test[key] for test in tests]) for key in tests[0]}
 
 
 def evaluate_test(args, run, classes, left_out):
     """test_<setting>_s<seed>, their mean test_<setting>, and what CGM gains over the average."""
     tests = [read_test(run.dir, args.episodes, seed) for seed in range(args.test_seeds)]
-    known = dict(split="val", fold=args.fold, guide=args.guide, baseline=args.baseline, left_out=left_out,
-                 uses_masks=True, crf=False, scales=args.test_scales,
-                 seconds=round(sum(map(run.seconds, ("encoder", "segmenter", "test"))), 1))
+    speed = dict(train_episodes_per_s=args.seg_steps * args.seg_batch / max(run.seconds("segmenter"), 1e-9),
+                 test_episodes_per_s=args.episodes * len(tests) / max(run.seconds("test"), 1e-9))
+    seconds = round(sum(map(run.seconds, ("encoder", "segmenter", "test"))), 1)
+    every = joined(tests)
+    for K in args.shots if len(args.fuse) == 2 else ():
+        if K > 1:
+            gain = paired_gain(every["class"], every[f"{K}shot_cgm"], every[f"{K}shot_average"])
+            run.result(f"test_{K}shot_cgm_gain", shots=K, episodes=len(every["class"]), fold=args.fold,
+                       uses_masks=True, **gain)
     for setting, (K, fuse) in {**settings(args), "self": (1, "none")}.items():
-        rows = []
+        rows, known = [], dict(
+            split="val", shots=K, fold=args.fold, baseline=args.baseline, guide=args.guide, fuse=fuse,
+            scales=args.test_scales, episodes=args.episodes, left_out=left_out, crf=False, uses_masks=True,
+            seconds=seconds)
         for seed, test in enumerate(tests):
             miou, fb, each = scores_of(test["class"], test[setting])
-            rows.append(dict(shots=K, fuse=fuse, episodes=args.episodes, miou=float(miou[0]), fb_iou=float(fb[0]),
-                             iou={classes[k - 1]: value for k, value in each.items()}, **known))
-            run.result(f"test_{setting}_s{seed}", episode_seed=seed, **rows[-1])
-        mean = {key: float(np.mean([row[key] for row in rows])) for key in ("miou", "fb_iou")}
-        std = {f"{key}_std": float(np.std([row[key] for row in rows])) for key in ("miou", "fb_iou")}
-        each = {name: float(np.mean([row["iou"][name] for row in rows if name in row["iou"]]))
-                for name in dict.fromkeys(name for row in rows for name in row["iou"])}
-        speed = {"train_episodes_per_s": args.seg_steps * args.seg_batch / max(run.seconds("segmenter"), 1e-9),
-                 "test_episodes_per_s": args.episodes * len(tests) / max(run.seconds("test"), 1e-9)}
-        run.result(f"test_{setting}", **{**rows[0], **mean, **std, "iou": each, **speed}, seeds=len(tests))
-    every = {key: np.concatenate([test[key] for test in tests]) for key in tests[0]}
-    for K in args.shots:
-        if {f"{K}shot_average", f"{K}shot_cgm"} <= set(every):
-            gain = paired_gain(every["class"], every[f"{K}shot_cgm"], every[f"{K}shot_average"])
-            run.result(f"test_{K}shot_cgm_gain", shots=K, episodes=len(every["class"]), uses_masks=True, **gain)
+            rows.append((miou[0], fb[0]))
+            run.result(f"test_{setting}_s{seed}", **known, episode_seed=seed, miou=float(miou[0]),
+                       fb_iou=float(fb[0]), iou={classes[k - 1]: value for k, value in each.items()})
+        (miou, fb), (miou_std, fb_std) = np.mean(rows, axis=0).tolist(), np.std(rows, axis=0).tolist()
+        run.result(f"test_{setting}", **known, seeds=len(tests), miou=miou, fb_iou=fb, miou_std=miou_std,
+                   fb_iou_std=fb_std, **speed)
 
 
 def compare_runs(args):
-    """--compare A B: mIoU and FB-IoU of B minus A in each setting, on the same episodes. Writes <B>/compare.json"""
+    """--compare A B: what B gains over A in each setting, on the same episodes.   Writes <B>/compare.json"""
     if len(args.compare) != 2: raise UserError("--compare: give two run folders")
-    made = [read_json(Path(folder) / "args.json") for folder in args.compare]
-    for folder, one in zip(args.compare, made):
-        if one is None or not (Path(folder) / "test").is_dir():
-            raise UserError(f"--compare {folder}: not a finished run folder of scl.py")
-    a, b = made
-    same = ("data", "fold", "folds", "min_area", "episodes", "test_seeds")
-    if any(a[key] != b[key] for key in same) or max(a["shots"]) != max(b["shots"]):
-        raise UserError(f"--compare: the two runs differ in {', '.join(same)} or shots: not the same episodes")
-    tests = [[read_test(folder, one["episodes"], seed) for seed in range(one["test_seeds"])]
-             for folder, one in zip(args.compare, made)]
-    a, b = ({key: np.concatenate([test[key] for test in run]) for key in run[0]} for run in tests)
+    tests, drawn = [], []
+    for folder in args.compare:
+        made, listed = (read_json(Path(folder) / name) for name in ("args.json", "episodes/test.json"))
+        done = read_json(Path(folder) / "results.json", {"stages": []})["stages"]
+        if not listed or not any(entry["stage"] == "test_self" for entry in done):
+            raise UserError(f"--compare {folder}: not the folder of a finished run of scl.py")
+        seeds = range(made["test_seeds"])
+        tests.append(joined([read_test(folder, made["episodes"], seed) for seed in seeds]))
+        drawn.append((made["data"], [row[:3] for rows in listed for row in rows]))
+    if drawn[0] != drawn[1]: raise UserError("--compare: these two runs were not tested on the same episodes")
+    a, b = tests
     gains = {key: paired_gain(a["class"], b[key], a[key]) for key in b if key in a and key != "class"}
     for key, gain in gains.items():
         print(f"{key:>16}  mIoU {gain['gain']:+.2f} [{gain['gain_low']:+.2f}, {gain['gain_high']:+.2f}]   "
@@ -938,12 +978,12 @@ def compare_runs(args):
 def support_mask(path, image):
     """A user's mask: 0 = background, one other value = the class; 255 beside that one = no label."""
     mask = read_label(path, None, image)
-    values = np.setdiff1d(mask, (0, 255)) if set(np.unique(mask)) - {0, 255} else np.setdiff1d(mask, 0)
+    values = np.setdiff1d(mask, 0)
+    if len(values) > 1: values = np.setdiff1d(values, 255)
     if len(values) != 1:
-        what = "is empty" if not len(values) else f"holds {len(values)} values beside 0"
+        what = f"holds {len(values)} values beside 0 and 255" if len(values) else "is empty"
         raise UserError(f"support mask {path} {what}; save background as 0 and the object as one value")
-    return class_mask(np.where((mask == 255) & (values == 255), 1, np.where(mask == values, 1, np.where(
-        mask == 255, 255, 0))), 1)
+    return np.where(mask == values[0], 1, np.where(mask == 255, 255, 0)).astype(np.uint8)
 
 
 def predict_folder(args):
@@ -976,7 +1016,8 @@ def predict_folder(args):
         print(f"{len(files)} picture(s) -> {folder}")
     for file in tqdm(shard(files), "predict"):
         image = read_image(file)
-        (label,) = segment(made, net, encode_query(made, net, image, device), supports, image.shape[:2]).values()
+        views = encode_query(made, net, image, device)
+        (label,) = segment(made, net, views, supports, image.shape[:2]).values()
         save_label(folder / f"{file.stem}.png", label)
         save_image(folder / f"{file.stem}_overlay.png", overlay(image, label))
 
@@ -989,7 +1030,7 @@ def settle(args):
         if not getattr(args, name): setattr(args, name, value)
     if not 0 <= args.fold < 4: raise UserError(f"--fold {args.fold}: give 0, 1, 2 or 3")
     if not args.shots or min(args.shots) < 1 or not args.fuse or min(args.episodes, args.test_seeds) < 1:
-        raise UserError("--shots, --episodes and --test-seeds: give numbers from 1; --fuse: average, cgm or both")
+        raise UserError("--shots, --episodes, --test-seeds: give numbers from 1; --fuse: average, cgm")
     make_scl(args, args.weights)                                             # wrong weights: now
 
 
@@ -1000,32 +1041,18 @@ def main():
     train_set, val_set = load(args, "train"), load(args, "val")
     start_processes(args.device)
     settle(args)
-    names = train_set.classes
-    test_classes = class_folds(args.data, names, args.folds)[args.fold]
-    train_classes = [k for k in range(1, len(names) + 1) if k not in test_classes]
     run = Run(args, FIELDS)
-    run.say(f"fold {args.fold}: tested {', '.join(names[k - 1] for k in test_classes)} · trained "
-            f"{', '.join(names[k - 1] for k in train_classes)}")
-    pools, left_out = {}, {}
-    for split, data, classes, least in (("train", train_set, train_classes, 2),
-                                        ("val", val_set, test_classes, max(args.shots) + 1)):
-        areas = read_areas(run, data, split)
-        pools[split], left_out[split] = pictures_of(areas, classes, args.min_area, least, names)
-        if left_out[split]:
-            run.say(f"{split}: fewer than {least} pictures with {args.min_area} pixels, left out: {left_out[split]}")
-        if not pools[split].any():
-            raise DataError(f"fold {args.fold}: no {split} class has {least} pictures with {args.min_area} pixels "
-                            "of it; lower --shots or --min-area, or take another fold")
+    pools, left_out = make_pools(args, run, train_set, val_set)
     start = pretrained(args.backbone, args.weights)
-    backbone = None if start else train_encoder(args, run, train_set, pools["train"])
-    net = train_segmenter(args, run, train_set, pools["train"], backbone)               # Eqs. (5.1)–(5.14)
-    episodes = [draw_episodes(pools["val"], args.episodes, max(args.shots), seed)
+    backbone = None if start else train_encoder(args, run, train_set, pools[0])
+    net = train_segmenter(args, run, train_set, pools[0], backbone)               # Eqs. (5.1)–(5.14)
+    episodes = [draw_episodes(pools[1], args.episodes, max(args.shots), seed)
                 for seed in range(args.test_seeds)]
     if rank() == 0:
         write_json(run.path("episodes", "test", ".json"), [rows.tolist() for rows in episodes])
     barrier()
     write_test(args, run, net, val_set, episodes)                                       # Eqs. (5.15)–(5.17)
-    if not run.has("test_self"): evaluate_test(args, run, names, left_out["val"])
+    if not run.has("test_self"): evaluate_test(args, run, train_set.classes, left_out)
     run.table()
 
 
