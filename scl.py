@@ -45,8 +45,8 @@ Departures   [D1] backbones are torchvision's; PFENet's has a stem of three 3x3 
                   episodes)
              [D13] a backbone from nothing (--weights none) first learns to segment the fold's training
                   classes; then it stays fixed, as one from ImageNet does
-             [D14] presets: narrower decoders with torch's first weights, less dropout, rates for few steps,
-                  pictures of a class from fewer pixels on, fewer refinements
+             [D14] presets: narrower decoders, their first weights scaled to that, less dropout, rates for few
+                  steps, fewer pixels that make a picture count, fewer refinements
 Nothing here uses a dense CRF, as in the paper; --crf has no effect.
 """
 
@@ -148,7 +148,7 @@ class Args:
     dropout: float = 0.5
     """of the reduced features and, in CANet, of comparison and ASPP (authors' code)"""
     init_std: float = 0.01
-    """CANet: normal distribution of all new weights (authors' code); 0 = torch's"""
+    """CANet: normal distribution of all new weights (authors' code); 0 = He's √(2/inputs) for narrow ones"""
     empty_history: float = 0.7
     """CANet: chance that the history mask is empty in training; SCL's code: 0.9 [D3]"""
     inner_weight: float = 1.0
@@ -694,11 +694,11 @@ def make_scl(args, weights, backbone=None):
     vectors = {"all": "s,pri,aux"}.get(args.vectors, args.vectors) if sgm else "s"
     net = SCL(backbone or make_encoder(args, weights), stride_of(args), args.baseline, sgm,
               tuple(vectors.split(",")), args.width, args.dropout, args.empty_history, args.refinements)
-    if args.baseline == "canet" and args.init_std:
-        for name, module in net.named_modules():
-            if isinstance(module, nn.Conv2d) and not name.startswith("backbone."):
-                nn.init.normal_(module.weight, std=args.init_std)
-                nn.init.zeros_(module.bias)
+    for name, module in net.named_modules() if args.baseline == "canet" else ():
+        if isinstance(module, nn.Conv2d) and not name.startswith("backbone."):
+            deviation = args.init_std or (2 / module.weight[0].numel()) ** 0.5
+            nn.init.normal_(module.weight, std=deviation)
+            nn.init.zeros_(module.bias)
     if sgm and not args.s1_loss and (not args.s2_loss or vectors == "s"):
         net.fpm_support.requires_grad_(False)                                # no loss reaches it
     return net
