@@ -428,8 +428,8 @@ def folder(tmp_path_factory):
 
 
 SMALL = """--data voc --preset shapes --train-list train --fold 1 --width 8 --seg-crop 33 --enc-steps 4
-    --seg-steps 4 --seg-batch 2 --enc-batch 2 --episodes 3 --shots 1 2 --test-seeds 2 --log-every 1 --save-every 1
-    --workers 0 --device cpu --refinements 1""".split()
+    --seg-steps 4 --seg-batch 2 --enc-batch 2 --episodes 3 --shots 1 2 --test-seeds 2 --log-every 1
+    --save-every 1 --workers 0 --device cpu --refinements 1""".split()
 
 
 def command(folder, out, *more):
