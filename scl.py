@@ -767,7 +767,7 @@ def train_segmenter(args, run, train_set, pool, backbone):
 
 
 # ── Test ────────────────────────────────────────────────────────────────────────────────────────────────────
-def fitted(sample, baseline, size):
+def network_sized(sample, baseline, size):
     """A picture in the size of training: stretched (CANet), or padded (PFENet).   -> sample, (h, w) within"""
     if baseline == "canet": return resize(sample, (size, size)), (size, size)
     sample = resize_long(sample, size)
@@ -778,7 +778,7 @@ def fitted(sample, baseline, size):
 @torch.no_grad()
 def encode_support(args, net, image, mask, device, name="support"):
     """One support picture (H,W,3) and its mask (H,W) {0, 1, 255} -> Supports of K = 1"""
-    sample = normalise(fitted(Sample(image=image, mask=mask), args.baseline, args.seg_crop)[0])
+    sample = normalise(network_sized(Sample(image=image, mask=mask), args.baseline, args.seg_crop)[0])
     mask = sample.mask[None].to(device)
     if not (mask == 1).any():
         raise UserError(f"{name}: its mask is empty at {args.seg_crop} pixels; give a picture that shows "
@@ -798,7 +798,7 @@ def encode_query(args, net, image, device):
             inside = [max(32, round(scale * n)) for n in image.shape[:2]]
             x = resample(normalise(plain).image[None].to(device), inside)
         else:
-            sample, inside = fitted(plain, args.baseline, round(scale * args.seg_crop))
+            sample, inside = network_sized(plain, args.baseline, round(scale * args.seg_crop))
             x = normalise(sample).image[None].to(device)
         middle, high = net.encode(x.contiguous(memory_format=torch.channels_last))
         views.append((net.reduce_query(middle).float(), high, x.shape[2:], inside))
@@ -849,20 +849,20 @@ def write_test(args, run, net, val_set, episodes):
 
     Writes test/s<seed>_<first episode>.npz: class (E,), setting (E,4) as counts_of; panels/test.png
     """
-    @functools.lru_cache(args.cache)                                         # one picture at a time: the same
+    kept = functools.lru_cache(args.cache)                              # one picture at a time: no change
+    picture = kept(val_set.__getitem__)
+    query_of = kept(lambda i: encode_query(args, net, picture(i).image, run.device))
+
+    @kept
     def support_of(i, k):
-        s = val_set[i]
+        s = picture(i)
         return encode_support(args, net, s.image, class_mask(s.mask, k), run.device, s.name)
 
-    @functools.lru_cache(args.cache)
-    def query_of(i):
-        return encode_query(args, net, val_set[i].image, run.device)
-
     def test(k, query, chosen):
-        supports, size = together([support_of(i, k) for i in chosen]), val_set[query].mask.shape
+        supports, size = together([support_of(i, k) for i in chosen]), picture(query).mask.shape
         found = segment(args, net, query_of(query), supports, size)
-        size = val_set[chosen[0]].mask.shape
-        scores = query_scores(net, query_of(chosen[0]), support_of(chosen[0], k), size)
+        first, size = chosen[0], picture(chosen[0]).mask.shape
+        scores = query_scores(net, query_of(first), support_of(first, k), size)
         return {**found, "self": (scores[0].argmax(0) == 1).cpu().numpy()}
 
     names = [f"s{seed}_{first:05d}" for seed in range(args.test_seeds)
@@ -872,7 +872,7 @@ def write_test(args, run, net, val_set, episodes):
             seed, first = map(int, name[1:].split("_"))
             counts, panels = {"class": []}, []
             for k, query, *chosen in episodes[seed][first:first + CHUNK].tolist():
-                found, q, s = test(k, query, chosen), val_set[query], val_set[chosen[0]]
+                found, q, s = test(k, query, chosen), picture(query), picture(chosen[0])
                 counts["class"].append(k)
                 for setting, predicted in found.items():
                     mask = (s if setting == "self" else q).mask

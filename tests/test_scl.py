@@ -361,10 +361,10 @@ def test_augmentation_keeps_the_object(baseline):
 
 def test_pfenets_test_pictures_keep_their_shape():
     s = Sample(image=np.zeros((40, 80, 3), np.uint8), mask=np.ones((40, 80), np.uint8))
-    out, inside = scl.fitted(s, "pfenet", 64)
+    out, inside = scl.network_sized(s, "pfenet", 64)
     assert inside == (32, 64) and out.image.shape == (64, 64, 3)
     assert (out.mask[:32] == 1).all() and (out.mask[32:] == 255).all()
-    assert scl.fitted(s, "canet", 64)[0].mask.shape == (64, 64)
+    assert scl.network_sized(s, "canet", 64)[0].mask.shape == (64, 64)
 
 
 # ---------------------------------------------------------------- the metric
