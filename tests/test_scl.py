@@ -670,7 +670,8 @@ def test_stages_are_shared_only_between_runs_that_agree():
     assert known - set(fields) == free, "each field belongs to a stage, or can not change one"
 
 
-def test_the_baselines_defaults():
+def test_the_baselines_defaults(monkeypatch):
+    monkeypatch.setattr(scl, "make_scl", lambda *a: None)                   # ResNet-50 is not needed here
     cases = ("canet", 321, 2.5e-3, (0.7, 1.0, 1.3)), ("pfenet", 473, 0.025, (1.0,))
     for baseline, crop, lr, scales in cases:
         args = scl.Args(baseline=baseline, weights="none")
