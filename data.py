@@ -1061,6 +1061,36 @@ class Workpiece:
 SOURCES = {"shapes": Shapes, "voc": VOC, "coco": COCO, "context": Context, "workpiece": Workpiece}
 
 
+# ── Few-shot: class folds, pictures of a class ────────────────────────────────────────────────────
+
+
+def class_folds(data, classes, order="interleaved"):
+    """The test classes of each of the four folds, numbers 1..K; a fold trains on all the others.
+
+    shapes: FOLDS. voc (PASCAL-5i): blocks of five. coco (COCO-20i): "interleaved", every fourth class (FWB,
+    PFENet), or "blocks" of 20; both are in circulation. Other numbers of classes are divided alike.
+    """
+    if data == "shapes": return [tuple(k + 1 for k in fold) for fold in FOLDS]
+    if len(classes) < 4:
+        raise DataError(f"{data} has {len(classes)} classes; four folds need four or more")
+    numbers = range(1, len(classes) + 1)
+    if data == "coco" and order == "interleaved": return [tuple(numbers[i::4]) for i in range(4)]
+    edges = [len(numbers) * i // 4 for i in range(5)]
+    return [tuple(numbers[a:b]) for a, b in zip(edges, edges[1:])]
+
+
+def class_areas(dataset, indices=None):
+    """(n,K) int64: pixels of each class in the masks of these pictures, all by default."""
+    counts = [np.bincount(dataset[i].mask.ravel(), minlength=256)[1:len(dataset.classes) + 1]
+              for i in (range(len(dataset)) if indices is None else indices)]
+    return np.array(counts, np.int64).reshape(-1, len(dataset.classes))
+
+
+def class_mask(mask, k):
+    """(H,W) {0..K, 255} -> 1 for class k, 0 for all the others, 255 stays."""
+    return np.where(mask == 255, 255, mask == k).astype(np.uint8)
+
+
 # ── Commands: check, export, voc-aug ──────────────────────────────────────────────────────────────
 
 
