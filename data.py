@@ -1043,8 +1043,9 @@ class Workpiece:
         self.classes, self.pictures = read_classes(root / "classes.txt"), stems(folder, PICTURES)
         own = root / split / "classes.txt"
         if own.is_file() and read_classes(own) != self.classes:
-            raise DataError(f"{own} lists other classes ({few(read_classes(own))}) than {root / 'classes.txt'} "
-                            f"({few(self.classes)}); rendered and real pictures need one list, in one order")
+            raise DataError(f"{own} lists other classes ({few(read_classes(own))}) than "
+                            f"{root / 'classes.txt'} ({few(self.classes)}); rendered "
+                            "and real pictures need one list, in one order")
         listed = split == "train" and train_list not in ("train", "train_aug")
         self.names = read_list(train_list) if listed else list(self.pictures)
         require(self.names, self.pictures, folder, f"mend {train_list}")
@@ -1297,8 +1298,8 @@ class Solids:
 
 # Cityscapes' labels of ids 0 … 33: names and colours. Those with a * are the 19 classes, in their order.
 STREET = """unlabeled 0 0 0 · ego-vehicle 0 0 0 · rectification-border 0 0 0 · out-of-roi 0 0 0 ·
-static 0 0 0 · dynamic 111 74 0 · ground 81 0 81 · *road 128 64 128 · *sidewalk 244 35 232 · parking 250 170 160 ·
-rail-track 230 150 140 · *building 70 70 70 · *wall 102 102 156 · *fence 190 153 153 ·
+static 0 0 0 · dynamic 111 74 0 · ground 81 0 81 · *road 128 64 128 · *sidewalk 244 35 232 ·
+parking 250 170 160 · rail-track 230 150 140 · *building 70 70 70 · *wall 102 102 156 · *fence 190 153 153 ·
 guard-rail 180 165 180 · bridge 150 100 100 · tunnel 150 120 90 · *pole 153 153 153 · polegroup 153 153 153 ·
 *traffic-light 250 170 30 · *traffic-sign 220 220 0 · *vegetation 107 142 35 · *terrain 152 251 152 ·
 *sky 70 130 180 · *person 220 20 60 · *rider 255 0 0 · *car 0 0 142 · *truck 0 0 70 · *bus 0 60 100 ·
