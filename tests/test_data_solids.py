@@ -200,7 +200,8 @@ def test_error_no_rendered_pictures():
 def test_workpiece_holds_rendered_and_real_pictures(exports, monkeypatch, capsys):
     root = exports / "workpiece"
     for split in ("rendered", "train", "val"):
-        got, true = (load(arguments(*which), split, masks=True) for which in (("workpiece", root), ("solids",)))
+        got = load(arguments("workpiece", root), split, masks=True)
+        true = load(arguments("solids"), split, masks=True)
         assert got.classes == true.classes and got.names == true.names[:4]
         for s, t in zip(got, (true[i] for i in range(4)), strict=True):
             assert (s.image == t.image).all() and (s.mask == t.mask).all() and (s.tags == t.tags).all()

@@ -317,8 +317,8 @@ def test_the_joint_loss_falls():
 # ---------------------------------------------------------------- runs
 
 TINY = """selftrain_workpiece.py --preset shapes --workers 0 --device cpu --cam-steps 3 --cam-batch 2
-    --cam-crop 48 --cam-resize 48 64 --superpixels 100 --seg-steps 4 --source-steps 3 --seg-batch 4 --seg-crop 48 --rounds 2
-    --cam-scales 0.5 --test-scales 0.5 --stop-change 0 --save-every 2 --log-every 1""".split()
+    --cam-crop 48 --cam-resize 48 64 --superpixels 100 --seg-steps 4 --source-steps 3 --seg-batch 4
+    --seg-crop 48 --rounds 2 --cam-scales 0.5 --test-scales 0.5 --stop-change 0 --save-every 2 --log-every 1""".split()
 STAGES = ["initial", "round_1", "round_2", "val", "val_crf"]
 FOLDERS = ["initial", "round_1", "pseudo_1", "round_2", "val", "val_crf"]
 
@@ -419,7 +419,8 @@ def test_rounds_stop_when_labels_settle(finished, folder, tmp_path):
 
 
 ROWS = {"initial only": "--rounds 1 --no-rendered --no-spatial", "+ rendered": "--rounds 1 --no-spatial",
-        "raw": "--no-refine --seg-steps 1", "no superpixels": "--no-refine-superpixels --crf none --seg-steps 1",
+        "raw": "--no-refine --seg-steps 1",
+        "no superpixels": "--no-refine-superpixels --crf none --seg-steps 1",
         "literal": "--rounds 1 --source-weight literal --target-weight rescaled --initial-rest ignore"}
 
 
@@ -463,7 +464,8 @@ def test_street_scenes_start_from_the_source(tmp_path):
     for layout in ("cityscapes", "gta5"): export("solids", layout, str(tmp_path / layout), n=3)
     small = [word for word in TINY if word not in ("--preset", "shapes")]
     run_here(*small, "--data", "cityscapes", "--root", tmp_path / "cityscapes", "--rendered-root",
-             tmp_path / "gta5", "--backbone", "tiny", "--seg-stride", 4, "--weights", "none", "--out", tmp_path / "out")
+             tmp_path / "gta5", "--backbone", "tiny", "--seg-stride", 4, "--weights", "none", "--out",
+             tmp_path / "out")
     entries = stages(tmp_path / "out")
     assert [s["stage"] for s in entries] == STAGES and len(entries[0]["iou"]) == 20
     assert entries[1]["ratio"] == 0.3 and not (tmp_path / "out" / "classifier.pt").exists()
@@ -484,7 +486,8 @@ def test_predicts_with_the_runs_network(finished, folder, tmp_path):
 @pytest.mark.parametrize("more, words", [
     (["--predict", "x"], "checkpoint"), (["--source-only", "--no-rendered"], "nothing to learn"),
     (["--seg-batch", "5"], "multiple of 2"), (["--rounds", "0"], "1 or more"), (["--ratio", "0"], "ratio"),
-    (["--cam-decay", "1"], "cam-decay"), (["--backbone", "mobilenet_v2", "--weights", "nowhere.pt"], "nowhere")])
+    (["--cam-decay", "1"], "cam-decay"),
+    (["--backbone", "mobilenet_v2", "--weights", "nowhere.pt"], "nowhere")])
 def test_mistakes_end_with_one_sentence(folder, tmp_path, more, words):
     with pytest.raises(UserError, match=words): run_here(*command(folder, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
