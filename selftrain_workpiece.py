@@ -796,7 +796,8 @@ def self_train(args, run, train_set, rendered, net):
         if change < args.stop_change:
             run.say(f"{100 * change:.1f} % of the labels changed: no further round")
             break
-    draw_panel(args, run, "train", "train", columns)
+    if not run.has("val"):
+        draw_panel(args, run, "train", "train", columns)
     return net
 
 

@@ -63,16 +63,14 @@ def test_prisms_are_closed_and_face_outwards():
 
 def hit_by_ray(triangles, origin, ray):
     """Index of the first triangle, seen from its front, that a ray meets (Moeller and Trumbore), or -1."""
-    first, index = np.inf, -1
-    for t, (a, b, c) in enumerate(triangles):
-        p = np.cross(ray, c - a)
-        det = (b - a) @ p
-        if det < 1e-9: continue
-        u = (origin - a) @ p / det
-        q = np.cross(origin - a, b - a)
-        v, far = ray @ q / det, (c - a) @ q / det
-        if u >= 0 and v >= 0 and u + v <= 1 and 0 < far < first: first, index = far, t
-    return index
+    a, b, c = triangles.transpose(1, 0, 2)
+    p, q = np.cross(ray, c - a), np.cross(origin - a, b - a)
+    det = ((b - a) * p).sum(1)
+    front = det > 1e-9
+    det = np.where(front, det, 1)
+    u, v, far = ((origin - a) * p).sum(1) / det, q @ ray / det, ((c - a) * q).sum(1) / det
+    far = np.where(front & (u >= 0) & (v >= 0) & (u + v <= 1) & (far > 0), far, np.inf)
+    return far.argmin() if far.min() < np.inf else -1
 
 
 def test_the_z_buffer_equals_ray_casting():
@@ -110,7 +108,8 @@ def test_the_pictures_do_not_change():
         assert abs(area - area0) <= 3 and abs(grey - grey0) < 0.3, found
 
 
-FIXED = []
+FIXED = [("rendered_0003", [0, 8], 1414, 234.0), ("train_0003_b3", [0, 2], 1224, 126.3),
+         ("val_0003_b3", [0, 4], 1505, 125.5)]
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +217,8 @@ def test_rendered_pictures_need_masks_and_nothing_else(exports, tmp_path):
     s = load(arguments("workpiece", tmp_path), "rendered")[0]
     assert (s.tags == data.present(s.mask, 8)).all()
     shutil.rmtree(tmp_path / "rendered" / "masks")
-    with pytest.raises(DataError, match="masks"): load(arguments("workpiece", tmp_path), "rendered")
+    with pytest.raises(DataError, match="rendered .* lacks 4 of 4"):
+        load(arguments("workpiece", tmp_path), "rendered")
 
 
 def test_error_rendered_and_real_have_other_classes(exports, tmp_path):
