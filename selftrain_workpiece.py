@@ -627,7 +627,7 @@ def predict_train(args, run, net, train_set, folder):
             save_label(run.path(folder, name), P.argmax(0))
 
 
-def write_pseudo(args, run, net, train_set, source, folder, p):
+def write_round_labels(args, run, net, train_set, source, folder, p):
     """Algorithm 2, lines 6 to 14, and the refinement.   Writes <folder>/*.png
 
     source: the folder that predict_train wrote
@@ -711,7 +711,7 @@ def missed_share(run, train_set):
     return 100 * missed / max(1, tags)
 
 
-def draw_panel(args, run, name, split, columns, several=False):
+def draw_rounds(args, run, name, split, columns, several=False):
     """panels/<name>.png: sheet of the first 16 images, one row each; several: of two parts or more."""
     if rank() > 0:
         return
@@ -757,7 +757,7 @@ def predict_folder(args):
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────
-def check_args(args):
+def check_selftrain(args):
     """What would else fail after hours, or quietly mean something else."""
     needs_rendered = args.source_only or args.initial == "source"
     if needs_rendered and not args.rendered:
@@ -788,7 +788,7 @@ def self_train(args, run, train_set, rendered, net):
         if not last:
             folder = f"pseudo_{number}"
             p = min(args.ratio_max, args.ratio + (number - 1) * args.ratio_step)
-            write_pseudo(args, run, net, train_set, stage, folder, p)
+            write_round_labels(args, run, net, train_set, stage, folder, p)
             change = label_change(run, train_set.names, labels, folder)
             values, labels = dict(labels=folder, ratio=p, change=100 * change), folder
         timed = [f"segmenter_{number}", stage, f"pseudo_{number}"]
@@ -797,7 +797,7 @@ def self_train(args, run, train_set, rendered, net):
             run.say(f"{100 * change:.1f} % of the labels changed: no further round")
             break
     if not run.has("val"):
-        draw_panel(args, run, "train", "train", columns)
+        draw_rounds(args, run, "train", "train", columns)
     return net
 
 
@@ -810,7 +810,7 @@ def main():
     train_set, val_set = load_real(args, "train"), load_real(args, "val")
     rendered = load_rendered(args, train_set.classes) if args.rendered else None
     start_processes(args.device)
-    check_args(args)
+    check_selftrain(args)
     run, net = Run(args, FIELDS), None
     if args.source_only or args.initial == "source" and args.supervision != "full":
         net = train_round(args, run, "source", args.source_steps, 0, None, rendered)    # §4.2.2
@@ -824,13 +824,13 @@ def main():
                      missed=missed_share(run, train_set))
         else:
             predict_train(args, run, net, train_set, "initial_raw")
-            write_pseudo(args, run, net, train_set, "initial_raw", "initial", args.ratio)
+            write_round_labels(args, run, net, train_set, "initial_raw", "initial", args.ratio)
             evaluate(args, run, "initial", "train", "initial_raw", ["source", "initial"], labels="initial")
         net = self_train(args, run, train_set, rendered, net)                           # Algorithm 1
     write_predictions(args, run, net, val_set)
     if not run.has("val_crf"):
-        draw_panel(args, run, "val", "val", ["val", "val_crf"])
-        draw_panel(args, run, "several", "val", ["val", "val_crf"], several=True)       # Fig. 5
+        draw_rounds(args, run, "val", "val", ["val", "val_crf"])
+        draw_rounds(args, run, "several", "val", ["val", "val_crf"], several=True)       # Fig. 5
         for stage in ("val", "val_crf"):
             evaluate(args, run, stage, "val", stage, ["val"], crf=stage == "val_crf")
     run.table()
