@@ -5,6 +5,7 @@
 
 Data sets    shapes (drawn on the fly, no files) · voc (PASCAL VOC 2012, SBD, ScribbleSup, what's-the-point)
              coco · context (PASCAL-Context) · workpiece (any folder of your own): each class says its layout
+             solids (machine parts, rendered and "photographed", drawn on the fly) · gta5 · cityscapes
 Coordinates  x to the right, y down, in pixel edges: pixel (row i, column j) is j <= x < j+1, i <= y < i+1.
              A box [class, x0, y0, x1, y1] is half open: its pixels are mask[y0:y1, x0:x1]. VOC's XML,
              inclusive and counted from 1, becomes (xmin-1, ymin-1, xmax, ymax).
@@ -191,16 +192,19 @@ def load(args, split, masks=False):
 
     A training sample shows what args.supervision reveals and nothing else. Val samples, and training samples
     under masks=True (the evaluation call, never for training), show everything there is: dataset.fields.
+    Split "rendered" (solids, workpiece, gta5) holds synthetic pictures, whose masks are no secret.
     Raises DataError.
     """
     if args.data not in SOURCES:
         raise DataError(f"no data set is called {args.data!r}; choose one of {', '.join(SOURCES)}")
     revealed, needed = REVEALS[args.supervision], ()
-    if split == "val" or args.supervision == "full":
+    if split in ("val", "rendered") or args.supervision == "full":
         needed = ("mask",)
     elif not masks:
         needed = revealed
-    wish = Wish(REVEALS["full"] if masks or split == "val" else revealed, needed, revealed)
+    if split == "rendered" and args.data not in RENDERED:
+        raise DataError(f"{args.data} has no rendered pictures; {', '.join(RENDERED)} have")
+    wish = Wish(REVEALS["full"] if masks or split in ("val", "rendered") else revealed, needed, revealed)
     root = Path(getattr(args, "root", "") or f"data/{args.data}")
     return Dataset(SOURCES[args.data](root, split, args.train_list, wish))
 
@@ -243,6 +247,13 @@ def with_labels(dataset, **folders):
     """The same data set with further label maps: with_labels(d, pseudo=DIR) reads DIR/<name>.png."""
     other = copy.copy(dataset)
     other.labels = {**dataset.labels, **folders}
+    return other
+
+
+def subset(dataset, names):
+    """The same data set with only these of its names."""
+    other = copy.copy(dataset)
+    other.names, other.order = list(names), {name: i for i, name in enumerate(names)}
     return other
 
 
@@ -1016,6 +1027,9 @@ class Workpiece:
     boxes.json       {"name": [["bolt", x0, y0, x1, y1], ...], ...}  in pixel edges, half open
     points.json      {"name": [["bolt", x, y], ...], ...}            scribbles/*.png  0..K, 255 = no label
 
+    A third folder, rendered/, may hold synthetic pictures in the same form: images/* and masks/*.png; its own
+    classes.txt, where there is one, must be the same. See data set solids.
+
     Names are file names without suffix. Only classes.txt, images and what supervision needs must be there.
     Tags come from the first of tags.json, boxes.json, points.json, scribbles, masks. Boxes, points, scribbles
     that are not there come from the masks: objects are the instances, else the connected regions of a class.
@@ -1027,6 +1041,11 @@ class Workpiece:
             raise DataError(f"there is no folder {folder}; put the {split} pictures there, or correct --root "
                             "(python data.py export --layout workpiece shows the layout)")
         self.classes, self.pictures = read_classes(root / "classes.txt"), stems(folder, PICTURES)
+        own = root / split / "classes.txt"
+        if own.is_file() and read_classes(own) != self.classes:
+            raise DataError(f"{own} lists other classes ({few(read_classes(own))}) than "
+                            f"{root / 'classes.txt'} ({few(self.classes)}); rendered "
+                            "and real pictures need one list, in one order")
         listed = split == "train" and train_list not in ("train", "train_aug")
         self.names = read_list(train_list) if listed else list(self.pictures)
         require(self.names, self.pictures, folder, f"mend {train_list}")
@@ -1058,7 +1077,357 @@ class Workpiece:
         return changed(s, tags=tags_of(source, len(self.classes)))
 
 
-SOURCES = {"shapes": Shapes, "voc": VOC, "coco": COCO, "context": Context, "workpiece": Workpiece}
+# ── solids: a small renderer of machine parts, clean and as if photographed ──────────────────────────
+# Eight texture-less grey parts, so that only their shape tells them apart. "rendered" pictures are clean and
+# labelled; "real" ones (train, val) lie on one of four grounds, under uneven light, with highlights, shadows,
+# blur and noise. Like shapes, the drawing is fixed for good.
+
+
+def prism(outline, low, high, hole=0.0, at=(0.0, 0.0)):
+    """Triangles (T,3,3), counter-clockwise from outside: a polygon (n,2) around the origin, moved to `at`,
+    extruded from z = low to high, with a round hole of that radius. Boxes, cylinders, rings are prisms too.
+    """
+    corners = [outline, hole * outline / np.linalg.norm(outline, axis=1, keepdims=True)]
+    (out, out_next), (inner, inner_next) = ((c + at, np.roll(c, -1, axis=0) + at) for c in corners)
+
+    def wall(a, za, b, zb):
+        """Quads a -> a's next -> b's next -> b as triangles; a, b are pairs (points, next points)."""
+        a, a_next, b, b_next = (np.c_[points, np.full(len(points), z)] for pair, z in ((a, za), (b, zb))
+                                for points in pair)
+        return [np.stack([a, a_next, b_next], axis=1), np.stack([a, b_next, b], axis=1)]
+
+    faces = wall((out, out_next), low, (out, out_next), high)
+    faces += wall((out, out_next), high, (inner, inner_next), high)
+    faces += wall((inner, inner_next), low, (out, out_next), low)
+    if hole: faces += wall((inner, inner_next), high, (inner, inner_next), low)
+    return np.concatenate(faces)
+
+
+def polygon(radius, form="circle"):
+    """24 corners (24,2) of a circle, a hexagon or a gear wheel of eight teeth."""
+    angle = np.arange(24) * np.pi / 12
+    reach = {"circle": 1.0, "hexagon": np.cos(np.pi / 6) / np.cos(angle % (np.pi / 3) - np.pi / 6),
+             "gear": np.tile((1.0, 1.0, 0.72), 8)}[form]
+    return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1) * np.reshape(reach, (-1, 1))
+
+
+def box(x, y, z):
+    """Triangles of a box; x, y, z are its (low, high)."""
+    half, middle = np.array([[x[1] - x[0], y[1] - y[0]]]) / 2, (sum(x) / 2, sum(y) / 2)
+    return prism(half * [[1, 1], [-1, 1], [-1, -1], [1, -1]], *z, at=middle)
+
+
+SOLIDS = {name: np.concatenate(pieces) for name, pieces in {        # triangles; half a part is about 1
+    "bolt": [prism(polygon(0.52, "hexagon"), 0.6, 1.0), prism(polygon(0.24), -1.0, 0.6)],
+    "nut": [prism(polygon(0.9, "hexagon"), -0.34, 0.34, hole=0.45)],
+    "tube": [prism(polygon(0.5), -0.85, 0.85, hole=0.34)],
+    "bracket": [box((-0.75, 0.75), (-0.4, 0.4), (-0.75, -0.5)),
+                box((-0.75, -0.5), (-0.4, 0.4), (-0.5, 0.75))],
+    "flange": [prism(polygon(1.0), -0.45, -0.2, hole=0.3), prism(polygon(0.46), -0.2, 0.6, hole=0.3)],
+    "gear": [prism(polygon(1.0, "gear"), -0.2, 0.2, hole=0.25)],
+    "shaft": [prism(polygon(0.2), -1.0, -0.45), prism(polygon(0.42), -0.45, 0.3),
+              prism(polygon(0.2), 0.3, 1.0)],
+    "clamp": [box((-0.7, 0.7), (-0.45, 0.45), (-0.6, -0.35)),
+              box((-0.7, -0.45), (-0.45, 0.45), (-0.35, 0.6)),
+              box((0.45, 0.7), (-0.45, 0.45), (-0.35, 0.6))]}.items()}
+SOLID_SCENES, SOLID_SIZE = {"rendered": 800, "train": 1600, "val": 200}, (128, 160)
+GROUNDS = ("cloth", "wood", "mat", "workshop")                      # background 0 … 3, a quarter each
+
+
+def rotation(axis, angle):
+    """(3,3) turn about the x (0), y (1) or z (2) axis."""
+    (i, j), matrix = [n for n in range(3) if n != axis], np.eye(3)
+    matrix[[i, i, j, j], [i, j, i, j]] = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
+    return matrix
+
+
+def pose_solids(rng, height, width):
+    """One to three parts that lie or stand on a table, seen from above at an angle, in pixels from the middle
+    of the picture; y up, z towards the camera.   -> [(index of SOLIDS, triangles (T,3,3))]
+    """
+    tilt, count, placed, parts = rng.uniform(0.25, 1.0), rng.choice((1, 2, 3), p=(0.7, 0.2, 0.1)), [], []
+    for k in rng.integers(len(SOLIDS), size=count):
+        for _ in range(30):
+            radius = rng.uniform(17, 30)
+            x, y = (rng.uniform(radius - side / 2, side / 2 - radius) for side in (width, height))
+            if all(np.hypot(x - a, y - b) > 0.8 * (radius + r) for a, b, r in placed): break
+        else:
+            continue
+        placed.append((x, y, radius))
+        pose = rotation(0, -tilt) @ rotation(2, rng.uniform(0, 2 * np.pi))
+        if rng.random() < 0.5:                                      # it lies on its side
+            pose = pose @ rotation(0, np.pi / 2) @ rotation(2, rng.uniform(-0.6, 0.6))
+        centre = np.array([x, y, -y * np.tan(tilt)])                # further up on the table is further away
+        parts.append((int(k), radius * list(SOLIDS.values())[k] @ pose.T + centre))
+    return parts
+
+
+def rasterise(triangles, height, width, distance):
+    """Perspective z-buffer from the camera at z = distance.   triangles (T,3,3), in pixels from the middle
+    -> (H,W) index of the nearest triangle, -1 = none; (T,3) normals of length 1
+    """
+    a, b, c = triangles.transpose(1, 0, 2)
+    normals = np.cross(b - a, c - a)
+    length = np.linalg.norm(normals, axis=1)
+    inverse = 1 / (distance - triangles[..., 2])                    # (T,3): linear in the picture, as w is
+    at = triangles[..., :2] * [1, -1] * distance * inverse[..., None] + [width / 2, height / 2] - 0.5
+    low = np.ceil(at.min(1)).clip(0).astype(int)                    # (T,2): first x, y; high: last + 1
+    high = np.minimum(np.floor(at.max(1)).astype(int) + 1, (width, height))
+    corners = np.concatenate([at, np.ones((*at.shape[:2], 1))], axis=2)
+    front = (length > 1e-6) & ((normals * ([0, 0, distance] - a)).sum(1) > 0)
+    seen = np.flatnonzero(front & (low < high).all(1) & (abs(np.linalg.det(corners)) > 1e-6))
+    planes = np.linalg.inv(corners[seen])                           # (x, y, 1) @ plane = corners' weights
+    depths = np.einsum("tij,tj->ti", planes, inverse[seen])
+    nearest, index = np.zeros((height, width)), np.full((height, width), -1)
+    for t, (X, Y, one), (dx, dy, d) in zip(seen, planes[..., None, None], depths):
+        (left, top), (right, bottom) = low[t], high[t]
+        x, y, part = np.arange(left, right), np.arange(top, bottom)[:, None], np.s_[top:bottom, left:right]
+        depth = dx * x + (dy * y + d)
+        front = (X * x + (Y * y + one) >= 0).all(0) & (depth > nearest[part])
+        nearest[part][front], index[part][front] = depth[front], t
+    return index, normals / length.clip(1e-6)[:, None]
+
+
+def draw_solids(seed, split, index):
+    """Picture number `index` of "rendered", "train" or "val", fixed by the arguments: Sample with image,
+    tags, mask, instances. Real pictures (train, val) have background index mod 4, see GROUNDS.
+    """
+    rng = np.random.default_rng([seed, list(SOLID_SCENES).index(split), index, 77])
+    height, width = SOLID_SIZE
+    parts = pose_solids(rng, height, width)
+    triangles = 2 * np.concatenate([t for _, t in parts])           # twice the size, for smooth edges
+    owner = np.repeat(np.arange(len(parts)) + 1, [len(t) for _, t in parts])
+    face, normals = rasterise(triangles, 2 * height, 2 * width, 5.0 * width)
+    owners = np.where(face < 0, 0, owner[face])
+    light = np.array([rng.uniform(-0.7, 0.7), rng.uniform(0.1, 0.9), 1.0])
+    light /= np.linalg.norm(light)
+    diffuse = (normals @ light).clip(0)                             # Lambert
+    if split == "rendered":
+        image = halved(np.append(40 + 190 * diffuse, 242)[face])[..., None].repeat(3, axis=2)
+    else:
+        image = photograph(rng, face, owners, normals, diffuse, light, GROUNDS[index % 4])
+    instances, mask = (np.zeros((height, width), np.uint8) for _ in range(2))
+    for i, (k, _) in enumerate(parts, 1):
+        inside = halved(owners == i) >= 0.5
+        instances[inside], mask[inside] = i, k + 1
+    name = f"{split}_{index:04d}" + ("" if split == "rendered" else f"_b{index % 4}")
+    return Sample(name=name, image=image.round().clip(0, 255).astype(np.uint8),
+                  tags=present(mask, len(SOLIDS)), mask=mask, instances=instances)
+
+
+def halved(image):
+    """Mean of each 2x2 pixels.   (2H,2W) -> (H,W)"""
+    return (image[::2, ::2] * 1.0 + image[1::2, ::2] + image[::2, 1::2] + image[1::2, 1::2]) / 4
+
+
+def photograph(rng, face, owners, normals, diffuse, light, ground):
+    """(H,W,3) float of a real picture; face, owners (2H,2W)."""
+    half = light + [0, 0, 1]
+    gloss = (normals @ (half / np.linalg.norm(half))).clip(0) ** rng.uniform(12, 40)
+    cover = halved(owners > 0)
+    grid = np.mgrid[:cover.shape[0], :cover.shape[1]].astype(float)
+    away = rng.uniform(2, 5) * light[:2] * [-1, 1]                  # the shadow falls away from the light
+    shadow = ndimage.gaussian_filter(ndimage.shift(cover, away[::-1] + [3, 0], order=1), 2.5)
+    image = draw_ground(rng, ground, grid) * ((1 - 0.55 * shadow) * (1 - cover))[..., None]
+    for i in range(1, owners.max() + 1):
+        level = 0.28 + 0.85 * diffuse + rng.uniform(0.2, 0.9) * gloss
+        image += halved(np.where(owners == i, level[face], 0))[..., None] * metal(rng, 132, 20)
+
+    def spot(centre, area):
+        return np.exp(-((grid - np.reshape(centre, (2, 1, 1))) ** 2).sum(0) / area)
+
+    for centre in rng.permutation(np.argwhere(cover == 1))[:rng.integers(0, 5)]:       # highlights
+        image += (rng.uniform(60, 150) * spot(centre, rng.uniform(1.5, 9)) * cover)[..., None]
+    ramp = turned(grid, np.array(cover.shape) / 2, rng.uniform(0, 2 * np.pi))[0] / max(cover.shape)
+    glow = spot(rng.uniform(0, cover.shape), rng.uniform(1e3, 6e3))
+    image *= (rng.uniform(0.7, 1.1) + rng.uniform(0, 0.5) * ramp + rng.uniform(0, 0.5) * glow)[..., None]
+    image = ndimage.gaussian_filter(image, (*[rng.uniform(0.4, 1.1)] * 2, 0))
+    return image + rng.normal(0, rng.uniform(2, 8), image.shape)
+
+
+def metal(rng, mean, spread):
+    """(3,) a grey, a little warm or cold."""
+    return (rng.normal(mean, spread) * (1 + rng.normal(0, 0.04) * np.array([1, 0, -1]))).clip(30, 220)
+
+
+def draw_ground(rng, ground, grid):
+    """(H,W,3) float: cloth, wood, cutting mat, or a steel plate with scraps as grey as the parts."""
+    u, v = turned(grid, (0, 0), rng.uniform(0, np.pi))
+    cloud = pattern("cloud", u, v, rng, rng.uniform(6, 20))[..., None]
+    if ground == "cloth":
+        return tint(rng, (70, 84, 110), 18) + 5 * cloud
+    if ground == "wood":
+        grain = np.sin(v / rng.uniform(1.5, 3) + 3 * cloud[..., 0] + 6 * np.sin(u / 60))[..., None]
+        return tint(rng, (150, 108, 70), 14) + 18 * grain + 12 * cloud
+    if ground == "mat":
+        period = rng.uniform(11, 18)
+        lines = ((u % period < 1.3) | (v % period < 1.3))[..., None]
+        checks = np.sign(np.sin(np.pi * u / period) * np.sin(np.pi * v / period))[..., None]
+        return tint(rng, (88, 128, 104), 14) + 70 * lines + 14 * checks + 8 * cloud
+    image = metal(rng, 118, 16) + 14 * np.sin(u * rng.uniform(0.8, 2))[..., None] + 16 * cloud
+    for _ in range(rng.integers(5, 10)):                            # strips, discs and rings without shading
+        a, b = turned(grid, rng.uniform(0, grid[0].shape), rng.uniform(0, np.pi))
+        form, r = FORMS[("square", "disc", "ring", "bar")[rng.integers(4)]], rng.uniform(4, 16)
+        image[form(a / r, b / (r * rng.uniform(0.2, 1))) < 1] = metal(rng, 118, 34)
+    return image
+
+
+class Solids:
+    """800 rendered, 1,600 train and 200 val pictures of 128 x 160, drawn when first asked for, then kept. A
+    list file picks among the training pictures.
+    """
+
+    def __init__(self, root, split, train_list, wish):
+        self.classes, self.notes, self.fields = list(SOLIDS), {}, wish.shown
+        tail = [""] if split == "rendered" else [f"_b{i}" for i in range(4)]
+        self.names = [f"{split}_{i:04d}{tail[i % len(tail)]}" for i in range(SOLID_SCENES[split])]
+        self.split, self.scenes = split, {}
+        if split == "train" and train_list not in ("train", "train_aug"):
+            listed = read_list(train_list)
+            require(listed, self.names, "solids", f"its names are {self.names[0]} to {self.names[-1]}")
+            self.names = listed
+
+    def read(self, name):
+        if name not in self.scenes:
+            self.scenes[name] = draw_solids(0, self.split, int(name.split("_")[1]))
+        return derive(self.scenes[name], self.fields)
+
+
+# ── cityscapes, gta5: street scenes, 19 classes ─────────────────────────────────────────────────────
+
+
+# Cityscapes' labels of ids 0 … 33: names and colours. Those with a * are the 19 classes, in their order.
+STREET = """unlabeled 0 0 0 · ego-vehicle 0 0 0 · rectification-border 0 0 0 · out-of-roi 0 0 0 ·
+static 0 0 0 · dynamic 111 74 0 · ground 81 0 81 · *road 128 64 128 · *sidewalk 244 35 232 ·
+parking 250 170 160 · rail-track 230 150 140 · *building 70 70 70 · *wall 102 102 156 · *fence 190 153 153 ·
+guard-rail 180 165 180 · bridge 150 100 100 · tunnel 150 120 90 · *pole 153 153 153 · polegroup 153 153 153 ·
+*traffic-light 250 170 30 · *traffic-sign 220 220 0 · *vegetation 107 142 35 · *terrain 152 251 152 ·
+*sky 70 130 180 · *person 220 20 60 · *rider 255 0 0 · *car 0 0 142 · *truck 0 0 70 · *bus 0 60 100 ·
+caravan 0 0 90 · trailer 0 0 110 · *train 0 80 100 · *motorcycle 0 0 230 · *bicycle 119 11 32"""
+STREET = [entry.split() for entry in STREET.split("·")]
+STREET_IDS = [i for i, (name, *_) in enumerate(STREET) if name[0] == "*"]      # of trainIds 0 … 18
+STREET_CLASSES = [STREET[i][0][1:] for i in STREET_IDS]
+STREET_PAGE = {"cityscapes": "https://www.cityscapes-dataset.com",
+               "gta5": "https://download.visinf.tu-darmstadt.de/data/from_games"}
+
+
+def street_table(form):
+    """(256,) int: value in a file -> 0..K with 1..19 = STREET_CLASSES, 255 = no label, -1 = not allowed.
+
+    form "ids": labelIds (34 and 255 are -1, the licence plate); "train_ids": 0 … 18, 255
+    """
+    table = np.full(256, -1)
+    if form == "train_ids":
+        table[:19] = np.arange(19) + 1
+    else:
+        table[:35] = 255
+        table[STREET_IDS] = np.arange(19) + 1
+    table[255] = 255
+    return table
+
+
+def read_street(path, form, image=None):
+    """(H,W) uint8 {1..19, 255} of a label file. form: "ids", "train_ids", or "any" of GTA5's two: index PNG
+    of labelIds, or colours.
+    """
+    with reading(path, "label map", "take the file again"), Image.open(path) as file:
+        label = np.array(file if file.mode in ("P", "L", "I", "I;16") else file.convert("RGB"))
+    if label.ndim == 3:
+        label, form = colours_to_ids(label, path), "ids"
+    out = street_table("ids" if form == "any" else form)[label.clip(0, 255)]
+    bad = np.unique(label[(out < 0) | (label > 255)])
+    if bad.size:
+        raise DataError(f"label map {path} holds {few(bad)}, which are no "
+                        f"{'trainIds 0..18, 255' if form == 'train_ids' else 'labelIds 0..34, 255'}; "
+                        "convert it, or take the file again")
+    if image is not None and out.shape != image.shape[:2]:
+        raise DataError(f"label map {path} is {out.shape[1]}x{out.shape[0]} pixels, its picture "
+                        f"{image.shape[1]}x{image.shape[0]}; make them alike")
+    return out.astype(np.uint8)
+
+
+def colours_to_ids(label, path):
+    """(H,W,3) in Cityscapes' colours -> (H,W) labelIds; of labels with one colour the first, but a real class
+    goes before a void one.
+    """
+    code = label.astype(np.int64) @ [65536, 256, 1]
+    known = {}
+    for i in [*STREET_IDS, *range(len(STREET))]:
+        known.setdefault(int(np.array(STREET[i][1:], int) @ [65536, 256, 1]), i)
+    found, where = np.unique(code, return_inverse=True)
+    strange = [(c >> 16, c >> 8 & 255, c & 255) for c in found.tolist() if c not in known]
+    if strange:
+        raise DataError(f"label map {path} holds the colours {few(strange)}, which no class of Cityscapes "
+                        "has; convert it to labelIds, or take the file again")
+    return np.array([known[c] for c in found.tolist()])[where].reshape(code.shape)
+
+
+class Street:
+    """What Cityscapes and GTA5 share. There is no background class: 0 does not occur, void is 255. Tags are
+    the classes of the label map; where a training picture has none, all classes, which notes says.
+    """
+    classes = STREET_CLASSES
+
+    def __init__(self, where, split, train_list, wish, pictures, labels):
+        self.pictures, self.labels, self.notes = pictures, labels, {}
+        listed = split == "train" and train_list not in ("train", "train_aug")
+        self.names = read_list(train_list) if listed else list(pictures)
+        require(self.names, pictures, where, f"mend {train_list}")
+        if wish.needed or wish.derived: require(self.names, labels, where, "each picture needs its label map")
+        masked = sum(name in labels for name in self.names)
+        if masked < len(self.names):
+            self.notes["tags"] = (f"{len(self.names) - masked} pictures have no label map: any class may be "
+                                  "there")
+        kept = [key for key in wish.shown if key in ("mask", *wish.derived) and key != "instances"]
+        self.fields = kept if masked == len(self.names) else []
+
+    def read(self, name):
+        s = Sample(name=name, image=read_image(self.pictures[name]))
+        if name not in self.labels:
+            return changed(s, tags=np.ones(len(self.classes), bool))
+        path, form = self.labels[name]
+        s.mask = read_street(path, form, s.image)
+        return derive(changed(s, tags=present(s.mask, len(self.classes))), self.fields)
+
+
+class Cityscapes(Street):
+    """leftImg8bit/{train,val}/<city>/*_leftImg8bit.png, gtFine/{train,val}/<city>/*_gtFine_labelIds.png (or
+    *_gtFine_labelTrainIds.png); 2,975 and 500 pictures. The training pictures need no labels.
+    """
+
+    def __init__(self, root, split, train_list, wish):
+        folder = root / "leftImg8bit" / split
+        if not folder.is_dir():
+            raise DataError(f"there is no folder {folder}; get leftImg8bit and gtFine "
+                            f"({STREET_PAGE['cityscapes']}), or correct --root")
+        pictures = {path.name.removesuffix("_leftImg8bit.png"): path
+                    for path in sorted(folder.glob("*/*_leftImg8bit.png"))}
+        if not pictures: raise DataError(f"{folder} has no <city>/*_leftImg8bit.png; take it again")
+        labels = {path.name.removesuffix(f"_gtFine_{end}.png"): (path, form)
+                  for end, form in (("labelTrainIds", "train_ids"), ("labelIds", "ids"))
+                  for path in sorted((root / "gtFine" / split).glob(f"*/*_gtFine_{end}.png"))}
+        super().__init__(root, split, train_list, wish, pictures, labels)
+
+
+class GTA5(Street):
+    """images/*.png, labels/*.png: 24,966 pictures in one set. Label maps may be index PNGs of labelIds, as
+    they are shipped, or pictures in Cityscapes' colours.
+    """
+
+    def __init__(self, root, split, train_list, wish):
+        if split == "val":
+            raise DataError("gta5 has no val pictures: it is a rendered set to learn from")
+        pictures, labels = stems(root / "images"), stems(root / "labels")
+        if not pictures:
+            raise DataError(f"there is no picture in {root / 'images'}; get GTA5 ({STREET_PAGE['gta5']}), or "
+                            "correct the folder")
+        labels = {name: (path, "any") for name, path in labels.items()}
+        super().__init__(root, split, train_list, wish, pictures, labels)
+
+
+SOURCES = {"shapes": Shapes, "voc": VOC, "coco": COCO, "context": Context, "workpiece": Workpiece,
+           "solids": Solids, "cityscapes": Cityscapes, "gta5": GTA5}
+RENDERED = ("solids", "workpiece", "gta5")                          # those with a split "rendered"
 
 
 # ── Few-shot: class folds, pictures of a class ────────────────────────────────────────────────────
@@ -1094,7 +1463,16 @@ def class_mask(mask, k):
 # ── Commands: check, export, voc-aug ──────────────────────────────────────────────────────────────
 
 
-def check(data: Literal["shapes", "voc", "coco", "context", "workpiece"], root: str = "") -> None:
+Name = Literal["shapes", "voc", "coco", "context", "workpiece", "solids", "cityscapes", "gta5"]
+
+
+def splits_of(data, root):
+    """The splits that a data set has."""
+    rendered = data == "solids" or data == "workpiece" and (Path(root) / "rendered").is_dir()
+    return ("rendered",) if data == "gta5" else ("train", "val", *["rendered"] * rendered)
+
+
+def check(data: Name, root: str = "") -> None:
     """List what is there and what is missing, with expected counts, and check values; exit 1 if unusable."""
     args = types.SimpleNamespace(data=data, root=root, train_list="train", supervision="image")
     wrong = False
@@ -1102,7 +1480,7 @@ def check(data: Literal["shapes", "voc", "coco", "context", "workpiece"], root: 
         print(f"{what:<24}{count:>9}   {verdict}")
         wrong |= verdict.startswith("wrong")
     if wrong: sys.exit(1)
-    for split in ("train", "val"):
+    for split in splits_of(data, root or f"data/{data}"):
         dataset = load(args, split, masks=True)
         for i in range(min(50, len(dataset))): dataset[i]
         print(f"{split + ' samples read':<24}{i + 1:>9}   ok")
@@ -1117,6 +1495,27 @@ def remark(count, expected=None, remedy=""):
 
 def check_shapes(root):
     yield from ((split, count, "drawn on the fly") for split, count in SCENES.items())
+
+
+def check_solids(root):
+    yield from ((split, count, "drawn on the fly") for split, count in SOLID_SCENES.items())
+
+
+def check_cityscapes(root):
+    """Rows (what, count, remark)."""
+    for split, count in (("train", 2975), ("val", 500)):
+        for part, end in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds"),
+                          ("gtFine", "gtFine_labelTrainIds")):
+            there = len(list((root / part / split).glob(f"*/*_{end}.png")))
+            remedy = "optional" if "gtFine" in end else STREET_PAGE["cityscapes"]
+            yield f"{split} {end}", there, remark(there, count, remedy)
+
+
+def check_gta5(root):
+    """Rows (what, count, remark)."""
+    for part in ("images", "labels"):
+        there = len(stems(root / part))
+        yield part, there, remark(there, 24966, STREET_PAGE["gta5"])
 
 
 def check_voc(root):
@@ -1170,7 +1569,7 @@ def check_workpiece(root):
     """Rows (what, count, remark)."""
     classes = read_classes(root / "classes.txt")
     yield "classes.txt", len(classes), few(classes)
-    for split in ("train", "val"):
+    for split in splits_of("workpiece", root):
         for part in ("images", "masks", "instances", "scribbles"):
             there = len(stems(root / split / part, PICTURES))
             yield f"{split}/{part}", there, remark(there, None, "" if part == "images" else "optional")
@@ -1191,11 +1590,14 @@ def check_masks(files, classes):
     yield f"values in {min(50, len(files))} masks", listed, verdict
 
 
-def export(data: Literal["shapes", "voc", "coco", "context", "workpiece"],
-           layout: Literal["voc", "coco", "workpiece"], to: str, n: int = 0, root: str = "") -> None:
+def export(data: Name, layout: Literal["voc", "coco", "workpiece", "cityscapes", "gta5"], to: str,
+           n: int = 0, root: str = "") -> None:
     """Write a data set in another's on-disk layout, the first n samples of each split (0 = all)."""
     args = types.SimpleNamespace(data=data, root=root, train_list="train", supervision="full")
-    for split in ("train", "val"):
+    splits = splits_of(data, root or f"data/{data}")
+    if layout == "gta5": splits = ("rendered",) if "rendered" in splits else ("train",)
+    elif layout != "workpiece": splits = [split for split in splits if split != "rendered"]
+    for split in splits:
         dataset = load(args, split)
         count = min(n or len(dataset), len(dataset))
         LAYOUTS[layout](Path(to), split, dataset.classes, (dataset[i] for i in range(count)))
@@ -1271,6 +1673,36 @@ def export_coco(to, split, classes, samples):
     (to / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(table))
 
 
+def street_ids(s, classes):
+    """The label map of a sample as Cityscapes' labelIds: our 0..K become trainIds, background "road"."""
+    if len(classes) > 18 and (s.mask == 0).any():
+        raise DataError(f"{len(classes)} classes and background do not fit into Cityscapes' 19")
+    first = int(len(classes) <= 18)                                 # 19 classes have no background
+    return np.array([*STREET_IDS, *[0] * 237])[np.where(s.mask == 255, 255, s.mask.astype(int) - 1 + first)]
+
+
+def export_cityscapes(to, split, classes, samples):
+    """See class Cityscapes. Numbers stay, names do not: background is the first class, "road"."""
+    for s in samples:
+        city, end = s.name.split("_")[0], s.name.removesuffix("_leftImg8bit")
+        for part in ("leftImg8bit", "gtFine"): (to / part / split / city).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(s.image).save(to / "leftImg8bit" / split / city / f"{end}_leftImg8bit.png")
+        ids = Image.fromarray(street_ids(s, classes).astype(np.uint8))
+        ids.save(to / "gtFine" / split / city / f"{end}_gtFine_labelIds.png")
+
+
+def export_gta5(to, split, classes, samples):
+    """See class GTA5; labels in its two forms in turn, index PNG and colours; numbers stay."""
+    for part in ("images", "labels"): (to / part).mkdir(parents=True, exist_ok=True)
+    colours = np.array([entry[1:] for entry in STREET], np.uint8)
+    for i, s in enumerate(samples):
+        Image.fromarray(s.image).save(to / "images" / f"{s.name}.png")
+        ids = street_ids(s, classes).astype(np.uint8)
+        label = Image.fromarray(colours[ids] if i % 2 else ids)
+        if i % 2 == 0: label.putpalette(colours.ravel().tolist())
+        label.save(to / "labels" / f"{s.name}.png")
+
+
 def voc_aug(sbd: str, root: str = "data/voc") -> None:
     """Make SegmentationClassAug from SBD's cls/*.mat; pictures of VOC's own train and val keep VOC's mask."""
     from common import save_label
@@ -1298,8 +1730,10 @@ def voc_aug(sbd: str, root: str = "data/voc") -> None:
 
 
 CHECKS = {"shapes": check_shapes, "voc": check_voc, "coco": check_coco, "context": check_context,
-          "workpiece": check_workpiece}
-LAYOUTS = {"voc": export_voc, "coco": export_coco, "workpiece": export_workpiece}
+          "workpiece": check_workpiece, "solids": check_solids, "cityscapes": check_cityscapes,
+          "gta5": check_gta5}
+LAYOUTS = {"voc": export_voc, "coco": export_coco, "workpiece": export_workpiece,
+           "cityscapes": export_cityscapes, "gta5": export_gta5}
 
 
 def main():
