@@ -1194,7 +1194,8 @@ class Workpiece:
         return changed(s, tags=tags_of(source, len(self.classes)))
 
 
-SOURCES = {"shapes": Shapes, "shapes-aux": AuxiliaryShapes, "voc": VOC, "coco": COCO, "context": Context, "workpiece": Workpiece}
+SOURCES = {"shapes": Shapes, "shapes-aux": AuxiliaryShapes, "voc": VOC, "coco": COCO, "context": Context,
+           "workpiece": Workpiece}
 
 
 # ── Commands: check, export, voc-aug ──────────────────────────────────────────────────────────────
