@@ -55,7 +55,7 @@ from torchvision.models import resnet
 from tqdm import tqdm
 
 from common import (
-    ASPP, CRF, ConfusionMatrix, DeepLab, LargeFOVVGG, Run, UserError, contact_sheet, dense_crf,
+    ASPP, CRF, ConfusionMatrix, DeepLab, LargeFOVVGG, Run, UserError, contact_sheet, dense_crf, distribute,
     imagenet_weights, load_exactly, make_backbone, overlay, parse_args, plain_fields, poly, rank, read_state,
     reduce, save_checkpoint, save_image, save_label, save_npz, shard, start_processes, world)
 from data import (
@@ -582,7 +582,7 @@ def train_generator(args, run, number, aux_set, folder, g=None):
     run.reseed(stage)
     if g is None:
         g = make_generator(args.generator_net, args.hg_dims, args.hg_modules, args.hg_features)
-    ddp = run.place(g).train()
+    ddp = distribute(g.to(run.device)).train()                  # channels last crashes torch 2.15 on a CPU
     optim = torch.optim.Adam(g.parameters(), lr=args.gen_lr, betas=(0.9, 0.999),
                              weight_decay=args.gen_weight_decay)
     augment = generator_augment(args, run.dir / folder if folder else None)
@@ -635,7 +635,7 @@ def read_generators(args, device):
     for weights in state["generators"][:args.stages]:
         g = make_generator(made["generator_net"], made["hg_dims"], made["hg_modules"], made["hg_features"])
         load_exactly(g, weights, args.generator)
-        found.append(g.to(device, memory_format=torch.channels_last).eval())
+        found.append(g.to(device).eval())
     for field in ("generator_net", "hg_dims", "hg_modules", "hg_features", "gen_scale"):
         setattr(args, field, made[field])
     return found
@@ -816,8 +816,8 @@ def auxiliary_set(args, target, val):
     chosen = chosen_classes(args.aux_classes, every.classes, "--aux-classes") if args.aux_classes else free
     both = [name for name in chosen if name not in free]
     if both or not chosen:
-        raise UserError(f"{', '.join(both) or 'all auxiliary classes'}: also in the target set; choose others by "
-                        "--classes and --aux-classes")
+        raise UserError(f"{', '.join(both) or 'all auxiliary classes'}: also in the target set; choose "
+                        "others by --classes and --aux-classes")
     every = select(every, chosen)
     number = max(1, round(args.aux_fraction * len(every)))
     kept = {*np.random.default_rng([args.seed, 1]).permutation(every.names)[:number].tolist()}
