@@ -35,7 +35,8 @@ Departures   [D1] g sees RGB by ImageNet's mean and deviation; authors' code: BG
              [D11] CRF on boxes: WSSL's Bbox-Seg, the middle fifth of a box is certain; the paper cites WSSL
              [D12] --supervision full: ground truth in each stage, so that the upper bound has the same steps
              [D13] f at a single scale, no mirror image, for labels and for val (paper silent)
-             [D14] presets: g smaller, on smaller images, at a larger rate; networks without pretrained
+             [D14] f is not trained on the auxiliary set after the last E-step: no generator would see it
+             [D15] presets: g smaller, on smaller images, at a larger rate; networks without pretrained
                   weights learn x1 in their last layer
 """
 
@@ -141,7 +142,7 @@ class Args:
     gen_rescale: tuple[float, float] = (0.5, 1.5)
     """scales of the training images (authors' code)"""
     gen_scale: float = 1.0
-    """g sees all images this much smaller, and its scores are enlarged [D14]"""
+    """g sees all images this much smaller, and its scores are enlarged [D15]"""
     # --- EM (§III-B, §III-C) ---
     stages: int = 3
     """§IV-B: three or four"""
@@ -195,13 +196,13 @@ AUXILIARY = {"shapes": "shapes-aux", "voc": "coco", "coco": "voc"}
 # What two CPU cores do in minutes; everything else as the paper.
 SHAPES = dict(
     backbone="tiny", weights="none", semi_masks="0.14", seg_stride=4, seg_rates=(3, 6, 9, 12),
-    hg_dims=(32, 32, 48, 48, 64, 96), hg_modules=(1, 1, 1, 1, 1, 2), hg_features=64,    # [D14]
+    hg_dims=(32, 32, 48, 48, 64, 96), hg_modules=(1, 1, 1, 1, 1, 2), hg_features=64,    # [D15]
     gen_steps=300, gen_batch=8, gen_lr=1e-3, gen_crop=128, gen_rescale=(0.75, 1.25),
     seg_steps=600, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rescale=(0.75, 1.25))
 # A few hundred photographs with a small pretrained backbone on two CPU cores.
 PHOTOS = dict(
     backbone="mobilenet_v2", train_list="train", semi_masks="0.14", seg_stride=16, seg_rates=(3, 6, 9, 12),
-    hg_dims=(48, 48, 64, 64, 64, 96), hg_features=128, gen_scale=0.5,                   # [D14]
+    hg_dims=(48, 48, 64, 64, 64, 96), hg_features=128, gen_scale=0.5,                   # [D15]
     gen_steps=600, gen_batch=8, gen_lr=5e-4, gen_crop=256, gen_rescale=(0.75, 1.5),
     seg_steps=300, seg_batch=8, seg_lr=5e-4, seg_crop=257)
 
@@ -297,7 +298,7 @@ def make_generator(kind, dims, modules, features):
 def eq3_generate(g, x, y_b, f):
     """Eq. (3): logits of g(y^b, x, f(x;θ'); ω), one class an item.
 
-    x (B,3,H,W), y_b (B,H,W) in {0,1}, f (B,H,W) the class's probability -> (B,2,h,w): background, object
+    x (B,3,H,W) [D1], y_b (B,H,W) in {0,1}, f (B,H,W) the class's probability -> (B,2,h,w): background, object
     """
     return g(torch.cat([x, y_b[:, None].to(x.dtype), f[:, None].to(x.dtype)], 1))
 
@@ -518,7 +519,7 @@ def train_segmenter(args, run, stage, dataset, folder, number, net=None):
                            len(dataset.classes))
     ddp = run.place(net).train()
     last = net.head[-1] if args.backbone == "vgg16" else net.head
-    new = [last] if pretrained(args.backbone, args.weights) else []                     # [D14]
+    new = [last] if pretrained(args.backbone, args.weights) else []                     # [D15]
     optim = torch.optim.SGD(group_rates(net, new, args.seg_lr, args.weight_decay), lr=args.seg_lr,
                             momentum=args.momentum)                                     # [D9]
     labelled = with_labels(dataset, pseudo=run.dir / folder) if folder else dataset
@@ -613,7 +614,7 @@ def learn_generators(args, run, aux_set):
             write_probs(run, folder, aux_set, net)
         g = train_generator(args, run, number, aux_set, folder, g)                      # E-step
         found.append(copy.deepcopy(g))
-        if number < args.stages:                                                        # M-step
+        if number < args.stages:                                                        # M-step [D14]
             write_pseudo(args, run, f"aux_pseudo_{number}", aux_set, g, net)
             net = train_segmenter(args, run, f"aux_segmenter_{number}", aux_set, f"aux_pseudo_{number}",
                                   10 + number, net)
