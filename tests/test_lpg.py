@@ -211,13 +211,14 @@ def test_inputs_are_padded_and_scores_cropped_back(scale):
 
     def g(x):
         shapes.append(x.shape)
-        return torch.stack([0.5 - x[:, 3], x[:, 3] - 0.5], 1)[:, :, ::4, ::4]       # it repeats the boxes
+        return torch.stack([0.5 - x[:, 3], x[:, 3] - 0.5], 1)       # it repeats the boxes
     g.multiple = 32
     label, alone = lpg.pseudo_masks(g, None, s, "rate", scale, "cpu")
     assert label.shape == alone.shape == s.image.shape[:2]
     assert all(n % 32 == 0 for n in shapes[0][2:]) and shapes[0][:2] == (s.tags.sum(), 5)
-    assert (shapes[0][2] - 32 < scale * s.image.shape[0] <= shapes[0][2] + 1)
-    assert (label[alone == 0] == 0).all() and (label > 0).sum() > 0.8 * (alone > 0).sum()
+    assert shapes[0][2] - 32 < scale * s.image.shape[0] <= shapes[0][2] + 1
+    assert not label[alone == 0].any(), "nothing outside the boxes"
+    assert (label[alone > 0] > 0).mean() > (0.999 if scale == 1 else 0.9)
 
 
 def test_the_probability_channel_is_the_class_of_the_boxes_and_may_be_blinded():
