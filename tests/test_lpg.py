@@ -289,13 +289,15 @@ def test_target_samples_show_no_more_than_they_may(supervision):
 
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory):
-    """Sixteen train and sixteen val scenes in VOC's layout."""
+    """Eight train and eight val scenes in VOC's layout."""
     made = tmp_path_factory.mktemp("voc")
-    export("shapes", "voc", str(made), n=16)
+    export("shapes", "voc", str(made), n=8)
     return str(made)
 
 
-def test_classes_of_one_data_set_are_target_and_auxiliary(voc):
+def test_classes_of_one_data_set_are_target_and_auxiliary(voc, tmp_path):
+    coco = str(tmp_path)
+    export("shapes", "coco", coco, n=4)
     args = arguments(data="voc", root=voc, aux="voc", aux_root=voc, classes="1-4")
     target, val = lpg.target_set(args, "train"), lpg.target_set(args, "val")
     every = load(types.SimpleNamespace(data="voc", root=voc, train_list="train", supervision="full"), "train")
@@ -305,10 +307,11 @@ def test_classes_of_one_data_set_are_target_and_auxiliary(voc):
     assert not {*aux.names} & {*target.names}, "shared pictures belong to the target"
     assert {*aux.names} == {s.name for s in every if s.tags[4:].any() and not s.tags[:4].any()}
     assert all(set(np.unique(s.mask)) <= {0, 1, 2, 3, 4} and hasattr(s, "boxes") for s in aux)
-    both = dataclasses.replace(args, aux="voc,shapes-aux", aux_root=f"{voc},x")
-    joined = lpg.auxiliary_set(both, target, val)
-    assert len(joined.classes) == 10 and len(joined) == len(aux) + 500
-    assert {name[:2] for name in joined.names} == {"0-", "1-"}
+    other = types.SimpleNamespace(data="coco", root=coco, train_list="train", supervision="full")
+    more = [s.name for s in load(other, "train") if s.tags[4:].any()]
+    joined = lpg.auxiliary_set(dataclasses.replace(args, aux="voc,coco", aux_root=f"{voc},{coco}"), target, val)
+    assert joined.classes == aux.classes, "one name, one class"
+    assert joined.names == [f"0-{name}" for name in aux.names] + [f"1-{name}" for name in more]
 
 
 @pytest.mark.parametrize("changes, words", [
