@@ -615,7 +615,7 @@ def learn_generators(args, run, aux_set):
         g = train_generator(args, run, number, aux_set, folder, g)                      # E-step
         found.append(copy.deepcopy(g))
         if number < args.stages:                                                        # M-step [D14]
-            write_pseudo(args, run, f"aux_pseudo_{number}", aux_set, g, net)
+            write_pseudo_masks(args, run, f"aux_pseudo_{number}", aux_set, g, net)
             net = train_segmenter(args, run, f"aux_segmenter_{number}", aux_set, f"aux_pseudo_{number}",
                                   10 + number, net)
     if rank() == 0:
@@ -664,7 +664,7 @@ def write_baselines(args, run, dataset):
                 save_label(run.path("pseudo_crf", name), np.array([0, *classes])[Q.argmax(0)])
 
 
-def write_pseudo(args, run, folder, dataset, g, net, blind=False):
+def write_pseudo_masks(args, run, folder, dataset, g, net, blind=False):
     """Pseudo masks by g, and by f alone.   Writes <folder>/*.png, <folder>_eq1/*.png"""
     with run.timed(folder):
         for (name,) in run.todo(dataset.names, folder, stage=folder, beside=(f"{folder}_eq1",)):
@@ -734,7 +734,7 @@ def evaluate_stage(args, run, stage, split, timed, controls=None, **values):
                seconds=round(sum(map(run.seconds, timed)), 1), **values)
 
 
-def draw_labels(args, run, split, columns):
+def draw_stages(args, run, split, columns):
     """panels/<split>.png: contact sheet of the first 16 images, one row each.   columns {folder: title}"""
     if rank() > 0:
         return
@@ -825,7 +825,7 @@ def auxiliary_set(args, target, val):
     return select(every, names=[name for name in every.names if name in kept])
 
 
-def check_args(args):
+def settle_args(args):
     """Fields that are left open get their values; what would else fail after hours fails now."""
     for field, value in TABLE_I[args.backbone == "vgg16"].items():
         setattr(args, field, getattr(args, field) or value)
@@ -845,7 +845,7 @@ def main():
     args = parse_args(Args, __doc__, presets={"shapes": SHAPES, "photos": PHOTOS})
     if args.predict:
         return predict_folder(args)
-    check_args(args)
+    settle_args(args)
     full, semi, N = args.supervision == "full", args.supervision == "semi", args.stages
     train_set, val_set = target_set(args, "train"), target_set(args, "val")
     truth = semi_set(args, train_set) if semi else None
@@ -866,10 +866,10 @@ def main():
         folder = "" if full else f"pseudo_{number}" if number else "boxes"
         if number and not full:
             g = generators[-1 if args.generator_fixed else number - 1]
-            write_pseudo(args, run, folder, train_set, g, net)
+            write_pseudo_masks(args, run, folder, train_set, g, net)
             if number == N and args.probe:
                 few = select(train_set, names=train_set.names[:args.probe])
-                write_pseudo(args, run, f"{folder}_blind", few, g, net, blind=True)
+                write_pseudo_masks(args, run, f"{folder}_blind", few, g, net, blind=True)
             evaluate_stage(args, run, folder, "train", [folder], {"miou_eq1": f"{folder}_eq1"}, crf=False)
         folder = write_semi(args, run, folder, train_set, truth) if semi else folder
         net = train_segmenter(args, run, f"segmenter_{number}", train_set, folder, number, net)
@@ -880,8 +880,8 @@ def main():
         columns = {"boxes": "boxes", "pseudo_crf": "CRF", "pseudo_grabcut": "GrabCut"}
         steps = range(1, N + 1)
         if not full:
-            draw_labels(args, run, "train", columns | {f"pseudo_{n}": f"LPG, stage {n}" for n in steps})
-        draw_labels(args, run, "val", {f"val_{n}": f"stage {n}" for n in steps} | {"val_crf": "with CRF"})
+            draw_stages(args, run, "train", columns | {f"pseudo_{n}": f"LPG, stage {n}" for n in steps})
+        draw_stages(args, run, "val", {f"val_{n}": f"stage {n}" for n in steps} | {"val_crf": "with CRF"})
         evaluate_stage(args, run, "val_crf", "val", [f"segmenter_{N}", f"val_{N}"], crf=True)
     run.table()
 

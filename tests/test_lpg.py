@@ -309,7 +309,8 @@ def test_classes_of_one_data_set_are_target_and_auxiliary(voc, tmp_path):
     assert all(set(np.unique(s.mask)) <= {0, 1, 2, 3, 4} and hasattr(s, "boxes") for s in aux)
     other = types.SimpleNamespace(data="coco", root=coco, train_list="train", supervision="full")
     more = [s.name for s in load(other, "train") if s.tags[4:].any()]
-    joined = lpg.auxiliary_set(dataclasses.replace(args, aux="voc,coco", aux_root=f"{voc},{coco}"), target, val)
+    both = dataclasses.replace(args, aux="voc,coco", aux_root=f"{voc},{coco}")
+    joined = lpg.auxiliary_set(both, target, val)
     assert joined.classes == aux.classes, "one name, one class"
     assert joined.names == [f"0-{name}" for name in aux.names] + [f"1-{name}" for name in more]
 
@@ -370,14 +371,14 @@ def test_open_fields_get_table_1():
     for backbone, steps, batch, lr, crf in (("vgg16", 20_000, 30, 1e-3, 140),
                                             ("resnet101", 40_000, 10, 2.5e-4, 67)):
         args = lpg.Args(backbone=backbone, weights="none")
-        lpg.check_args(args)
+        lpg.settle_args(args)
         assert (args.seg_steps, args.seg_batch, args.seg_lr, args.seg_crf.bi_xy) == (steps, batch, lr, crf)
     args = lpg.Args(backbone="resnet18", weights="none", seg_steps=7)
-    lpg.check_args(args)
+    lpg.settle_args(args)
     assert args.seg_steps == 7 and args.seg_batch == 10
     for changes in (dict(gen_crop=100), dict(stages=0), dict(aux_fraction=0)):
         with pytest.raises(UserError, match=f"--{next(iter(changes)).replace('_', '-')}"):
-            lpg.check_args(arguments(**changes))
+            lpg.settle_args(arguments(**changes))
 
 
 # ---------------------------------------------------------------- learns
