@@ -6,6 +6,11 @@
 Data sets    shapes (drawn on the fly, no files) · voc (PASCAL VOC 2012, SBD, ScribbleSup, what's-the-point)
              coco · context (PASCAL-Context) · workpiece (any folder of your own): each class says its layout
              solids (machine parts, rendered and "photographed", drawn on the fly) · gta5 · cityscapes
+
+
+Data sets    shapes, shapes-aux (other classes), drawn on the fly, no files · voc (PASCAL VOC 2012, SBD,
+             ScribbleSup, what's-the-point) · coco · context (PASCAL-Context) · workpiece (any folder of your
+             own): each class says its layout; select() and join() make new ones of them
 Coordinates  x to the right, y down, in pixel edges: pixel (row i, column j) is j <= x < j+1, i <= y < i+1.
              A box [class, x0, y0, x1, y1] is half open: its pixels are mask[y0:y1, x0:x1]. VOC's XML,
              inclusive and counted from 1, becomes (xmin-1, ymin-1, xmax, ymax).
@@ -40,6 +45,8 @@ VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningt
 VOC_PAGE = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012"
 VOC_CLICKS = "points/whats_the_point.json"
 COCO_PAGE = "https://cocodataset.org"
+COCO_SPELLING = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle",
+                 "pottedplant": "potted plant", "sofa": "couch", "tvmonitor": "tv"}
 COCO_PICTURES = {"train2014": 82783, "val2014": 40504, "train2017": 118287, "val2017": 5000}
 CONTEXT_CLASSES = (
     "aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus cabinet car cat ceiling "
@@ -255,6 +262,114 @@ def subset(dataset, names):
     other = copy.copy(dataset)
     other.names, other.order = list(names), {name: i for i, name in enumerate(names)}
     return other
+
+
+def select(dataset, classes=None, names=None):
+    """The same data set with some of its classes, in the given order, the others being background.
+
+    Pictures that show none of them are left out. classes: names, None = all. names: only these pictures.
+    """
+    return Dataset(Selection(dataset, classes or dataset.classes, dataset.names if names is None else names))
+
+
+class Selection:
+    """The source behind select()."""
+
+    def __init__(self, dataset, classes, names):
+        self.dataset, self.classes, self.fields = dataset, list(classes), list(dataset.fields)
+        self.notes, self.names = dict(dataset.notes), list(names)
+        self.old = [dataset.classes.index(name) for name in classes]
+        self.number = np.zeros(256, np.uint8)                       # old label -> new label
+        self.number[255] = 255
+        self.number[np.array(self.old) + 1] = range(1, len(classes) + 1)
+        if len(classes) < len(dataset.classes):
+            self.names = [name for name in self.names if self.tags_alone(name).any()]
+            self.notes["classes"] = (f"{len(classes)} of {len(dataset.classes)} classes, the others are "
+                                     "background; pictures that show none of them are left out")
+
+    def tags_alone(self, name):
+        return tags_in(self.dataset, name)[self.old]
+
+    def read(self, name):
+        s = self.dataset[self.dataset.index(name)]
+        fields = {"tags": s.tags[self.old]}
+        for key in {"mask", "scribble"} & {*self.fields}: fields[key] = self.number[getattr(s, key)]
+        for key in {"boxes", "points"} & {*self.fields}: fields[key] = renumber(getattr(s, key), self.number)
+        if "instances" in self.fields and hasattr(s, "instances"):
+            fields["instances"] = np.where(fields["mask"] > 0, s.instances, 0).astype(np.uint8)
+        return changed(s, **fields)
+
+
+def join(datasets):
+    """Data sets as one: classes of one name (VOC's and COCO's spellings count as one) are one class.
+
+    A picture's name gets its data set's number in front: "0-2007_000032".
+    """
+    return Dataset(Union(datasets))
+
+
+class Union:
+    """The source behind join()."""
+
+    def __init__(self, datasets):
+        self.datasets, self.notes = datasets, {}
+        spelled = {}
+        for name in (name for d in datasets for name in d.classes): spelled.setdefault(coco_name(name), name)
+        self.classes, places = list(spelled.values()), {name: k for k, name in enumerate(spelled, 1)}
+        self.numbers = [np.array([0, *(places[coco_name(name)] for name in d.classes),
+                                  *[255] * (255 - len(d.classes))], np.uint8) for d in datasets]
+        self.fields = [key for key in datasets[0].fields if all(key in d.fields for d in datasets)]
+        self.names = [f"{i}-{name}" for i, d in enumerate(datasets) for name in d.names]
+        for i, d in enumerate(datasets):
+            self.notes |= {f"{topic} of set {i}": note for topic, note in d.notes.items()}
+
+    def tags_alone(self, name):
+        number, name = name.split("-", 1)
+        tags = tags_in(self.datasets[int(number)], name)
+        return present(self.numbers[int(number)][1:len(tags) + 1][tags], len(self.classes))
+
+    def read(self, name):
+        i, old = name.split("-", 1)
+        dataset, number = self.datasets[int(i)], self.numbers[int(i)]
+        s = dataset[dataset.index(old)]
+        fields = {key: number[getattr(s, key)] for key in {"mask", "scribble"} & {*self.fields}}
+        for key in {"boxes", "points"} & {*self.fields}: fields[key] = renumber(getattr(s, key), number)
+        return changed(s, name=name, tags=self.tags_alone(name), **fields)
+
+
+def tags_in(dataset, name):
+    """(K,) bool; the picture is opened only where its tags do not stand elsewhere."""
+    read = getattr(dataset.source, "tags_alone", None)
+    return read(name) if read else dataset[dataset.index(name)].tags
+
+
+def renumber(rows, number):
+    """Boxes or points whose class number becomes number[class]; those that become 0 are dropped."""
+    classes = number[rows[:, 0].astype(int)].astype(np.float32)
+    return np.concatenate([classes[:, None], rows[:, 1:]], axis=1)[classes > 0]
+
+
+def coco_name(name):
+    """COCO's spelling of a class of VOC."""
+    return COCO_SPELLING.get(name, name)
+
+
+def chosen_classes(text, classes, flag):
+    """"" = all, or a list of numbers, ranges and names, "1-10,cat"; not-voc = all but VOC's 20 -> names."""
+    named, voc = {}, {coco_name(name) for name in VOC_CLASSES}
+    for word in filter(None, text.split(",")):
+        first, _, last = word.partition("-")
+        if word == "not-voc":
+            found = [name for name in classes if coco_name(name) not in voc]
+        elif first.isdigit() and (last or first).isdigit():
+            found = classes[max(int(first), 1) - 1:int(last or first)]
+        else:
+            found = [name for name in classes if coco_name(name) == coco_name(word)]
+        if not found:
+            raise DataError(f"{flag} {text}: {word!r} is none of the classes 1 to {len(classes)} "
+                            f"({few(classes)})")
+        named |= dict.fromkeys(found)
+    return [name for name in classes if name in named] if named else list(classes)
 
 
 class Draws(torch.utils.data.Dataset):
@@ -726,6 +841,20 @@ class Shapes:
         return self.scenes[name]
 
 
+class AuxiliaryShapes(Shapes):
+    """Other scenes by the same rules, with the six classes of AUXILIARY, none of which is in TARGETS."""
+
+    def __init__(self, root, split, train_list, wish):
+        super().__init__(root, split, train_list, wish)
+        self.classes = [kind.name for kind in AUXILIARY]
+
+    def read(self, name):
+        if name not in self.scenes:
+            scene = draw_scene(0, self.split, int(name[-4:]), "aux")
+            self.scenes[name] = derive(scene, REVEALS["full"])
+        return self.scenes[name]
+
+
 # ── voc: PASCAL VOC 2012 with SBD, ScribbleSup and what's-the-point ───────────────────────────────
 
 
@@ -763,6 +892,12 @@ class VOC:
             path = self.root / VOC_CLICKS
             s.points = voc_points(self.files["points"][name], self.classes, image.shape[:2], path)
         return complete(s, self.fields, self.files, self.classes)
+
+    def tags_alone(self, name):
+        """(K,) bool of a picture that is not opened."""
+        found = [k for k, *_ in read_voc_xml(self.files["boxes"][name])]
+        return present([class_number(k, self.classes, self.files["boxes"][name]) for k in found],
+                       len(self.classes))
 
 
 def voc_root(root, year="VOC2012", page=VOC_PAGE):
@@ -869,6 +1004,11 @@ class COCO:
         if set(self.fields) - {"boxes"}:
             s = derive(changed(s, **self.masks(s)), self.fields)
         return s
+
+    def tags_alone(self, name):
+        """(K,) bool of a picture that is not opened."""
+        found = [a["category_id"] for a in json.loads(self.entries[name][2])]
+        return present(found, len(self.classes))
 
     def annotations(self, name):
         """A picture's annotations as the file has them, but with category_id 1..K and RLE."""
@@ -1425,8 +1565,8 @@ class GTA5(Street):
         super().__init__(root, split, train_list, wish, pictures, labels)
 
 
-SOURCES = {"shapes": Shapes, "voc": VOC, "coco": COCO, "context": Context, "workpiece": Workpiece,
-           "solids": Solids, "cityscapes": Cityscapes, "gta5": GTA5}
+SOURCES = {"shapes": Shapes, "shapes-aux": AuxiliaryShapes, "voc": VOC, "coco": COCO, "context": Context,
+           "workpiece": Workpiece, "solids": Solids, "cityscapes": Cityscapes, "gta5": GTA5}
 RENDERED = ("solids", "workpiece", "gta5")                          # those with a split "rendered"
 
 
