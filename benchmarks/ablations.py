@@ -88,6 +88,17 @@ IRNET_LABELS = Table(
         Row("propagated labels", "--no-mask-rcnn", 63.5),
         Row("CAM", "--no-mask-rcnn --train-on cam"),
         Row("full supervision", "--no-mask-rcnn --supervision full", 72.3)), orders=((1, 0), (0, 2)))
+LPG_STAGES = Table(
+    "Table II: generators and stages (the paper's column: after three)", (
+        "val_3", "val_2", "val_1", "val_crf", "pseudo_crf", "pseudo_1", "pseudo_3"), (
+        Row("Hourglass (EM)", "", 68.4),
+        Row("Hourglass (fixed)", "--generator-fixed", 67.5),
+        Row("ResNet-18", "--generator-net resnet18", 66.5),
+        Row("ResNet-101", "--generator-net resnet101", 67.1),
+        Row("full supervision", "--supervision full", 69.6)), orders=((1, 0), (2, 3), (3, 0), (0, 4)))
+LPG_MASKS = Table("Table VI: share of the auxiliary masks", ("val_3", "val_2", "val_1"), (
+    Row("all", "", 68.4), Row("85 %", "--aux-fraction 0.75", 68.0), Row("60 %", "--aux-fraction 0.5", 67.5),
+    Row("30 %", "--aux-fraction 0.25", 65.7)), orders=((3, 2), (2, 1), (1, 0)))
 RRM_RATIO = Table("Table 2.1: share of reliable pixels, joint loss", ("val_crf", "val"), rows_of("ratio", {
     0.4: 65.4, 0.1: 53.0, 0.2: 63.7, 0.3: 64.7, 0.6: 63.4, 0.8: 62.8, 1.0: 62.9}),
     orders=tuple((row, 0) for row in range(1, 7)))
@@ -102,12 +113,38 @@ RRM_ATTENTION = Table("Table 2.5: re-weighted attention", ("val_crf", "val"), (
 RRM_TWO_STEP = Table("Table 2.6: two steps", ("val_two_step_crf", "val_two_step", "val_crf"), (
     Row("two-step", "--two-step", 69.3),
     Row("full supervision", "--two-step --supervision full", 76.8)), orders=((0, 1),))
+SCL_GUIDES = Table(
+    "Tables 5.6, 5.7: SGM, CGM, one and five shots", ("test_1shot", "test_5shot_average", "test_5shot_cgm"), (
+        Row("SGM", "", 57.5), Row("baseline", "--guide none", 55.4),
+        Row("SGM, one scale", "--test-scales 1", 56.3),
+        Row("baseline, one scale", "--guide none --test-scales 1", 54.0)), orders=((1, 0), (3, 2), (2, 0)))
+SCL_VECTORS = Table("Table 5.8: support vectors, one shot", ("test_1shot",), (
+    Row("v_pri and v_aux", "", 57.5), Row("v_s", "--vectors s", 55.6), Row("v_pri", "--vectors pri", 56.6),
+    Row("v_aux", "--vectors aux", 51.4), Row("all three", "--vectors all", 57.1)),
+    orders=((1, 0), (2, 0), (3, 0), (4, 0)))
+SCL_LOSSES = Table("Table 5.9: losses of SGM, one shot", ("test_1shot",), (
+    Row("both", "", 57.5), Row("L_s1", "--no-s2-loss", 55.6), Row("L_s2", "--no-s1-loss", 56.8)),
+    orders=((1, 0), (2, 0)))
+SELFTRAIN_PARTS = Table(
+    "Table 4: the parts of the framework (background left out, as in the paper)", ("val", "val_crf"), (
+        Row("all, with label refinement", "", 79.8),
+        Row("initial labels only", "--rounds 1 --no-rendered --no-spatial", 32.2),
+        Row("+ rendered pictures", "--rounds 1 --no-spatial", 47.5),
+        Row("+ spatial loss", "--rounds 1", 66.0),
+        Row("rendered pictures alone", "--source-only"),
+        Row("full supervision", "--supervision full")),
+    orders=((1, 2), (2, 3), (3, 0), (4, 0), (0, 5)), metric="miou_fg")
+SELFTRAIN_BACKGROUNDS = Table("Table 1: the four backgrounds", ("val", "val_crf", "initial"), tuple(
+    Row(f"background {n}", f"--background {n}") for n in (2, 0, 1, 3)), metric="miou_fg")
 TABLES = {
     "a2gnn": {"3.11": A2GNN_SUPERVISION},
     "cian": {"2": CIAN_PARTS, "3": CIAN_PAIRS, "4": CIAN_STRONG},
     "dfr": {"4.4": DFR_BLOCKS, "4.5": DFR_LOSSES, "4.6": DFR_KERNEL, "4.7": DFR_LABELS},
     "irnet": {"2": IRNET_LABELS},
+    "lpg": {"II": LPG_STAGES, "VI": LPG_MASKS},
     "rrm": {"2.1": RRM_RATIO, "2.3": RRM_LOSSES, "2.5": RRM_ATTENTION, "2.6": RRM_TWO_STEP},
+    "scl": {"5.7": SCL_GUIDES, "5.8": SCL_VECTORS, "5.9": SCL_LOSSES},
+    "selftrain_workpiece": {"1": SELFTRAIN_BACKGROUNDS, "4": SELFTRAIN_PARTS},
 }
 
 
@@ -115,8 +152,8 @@ TABLES = {
 class Args:
     table: str
     """number of the paper's table, such as 4.5"""
-    data: str = "shapes"
-    """--data of the method file"""
+    data: str = ""
+    """--data of the method file; default its own, shapes or solids"""
     seeds: int = 1
     """runs a row, seeds 0, 1, …"""
     rows: str = ""
@@ -231,6 +268,7 @@ def run_table(method: str, args: Args) -> None:
     """Runs a table's rows that are not finished, then writes and prints the table."""
     if args.table not in TABLES[method]:
         raise SystemExit(f"{method} has no --table {args.table}; there are: {', '.join(TABLES[method])}")
+    args.data = args.data or ("solids" if method == "selftrain_workpiece" else "shapes")
     table = TABLES[method][args.table]
     wanted = [int(n) for n in args.rows.split(",")] if args.rows else range(len(table.rows))
     if not all(0 <= n < len(table.rows) for n in wanted) or args.seeds < 1:

@@ -19,7 +19,7 @@ ROWS = [(method, number, row) for method, tables in ablations.TABLES.items()
 
 @pytest.mark.parametrize("method, number, row", ROWS, ids=[f"{m} {n}: {r.label}" for m, n, r in ROWS])
 def test_each_row_parses(method, number, row):
-    tyro.cli(importlib.import_module(method).Args, args=["--data", "shapes", *shlex.split(row.flags)])
+    tyro.cli(importlib.import_module(method).Args, args=shlex.split(row.flags))
 
 
 def test_rows_of_a_table_differ_and_orders_name_rows():
@@ -40,7 +40,7 @@ def args(tmp_path, monkeypatch):
     """Two seeds of `low`, one of `high` that is finished and one that is not, none of `never`."""
     monkeypatch.setattr(ablations, "TABLES", {"rrm": {"9": TABLE}})
     monkeypatch.setattr(ablations, "RESULTS", tmp_path / "results")
-    args = ablations.Args(table="9", seeds=2, to=str(tmp_path / "runs"), run=False)
+    args = ablations.Args(table="9", data="shapes", seeds=2, to=str(tmp_path / "runs"), run=False)
     for row, seed, val in ((0, 0, 40.0), (0, 1, 42.0), (1, 0, 45.0), (1, 1, None)):
         folder = ablations.folder_of("rrm", args, TABLE.rows[row], seed)
         folder.mkdir(parents=True)
