@@ -46,7 +46,9 @@ Departures   [D1] backbones are torchvision's; PFENet's has a stem of three 3x3 
              [D13] a backbone from nothing (--weights none) first learns to segment the fold's training
                   classes; then it stays fixed, as one from ImageNet does
              [D14] presets: narrower decoders, their first weights scaled to that, less dropout, rates for few
-                  steps, fewer pixels that make a picture count, fewer refinements
+                  steps, fewer pixels that make a picture count, fewer refinements. shapes: training pictures
+                  without held-out classes (--held-out drop): an encoder from nothing that learns them as
+                  background does not find them as foreground later
 Nothing here uses a dense CRF, as in the paper; --crf has no effect.
 """
 
@@ -121,6 +123,8 @@ class Args:
     """COCO-20i: every fourth class (PFENet's and the paper's), or blocks of 20"""
     min_area: int = 2048
     """a picture counts for a class from this many pixels on (PFENet)"""
+    held_out: Literal["background", "drop"] = "background"
+    """training pictures that also show a held-out class: it is background (authors' code), or left out"""
     # --- encoder from nothing ---
     enc_steps: int = 60_000
     """only with --weights none: segmentation of the training classes [D13]"""
@@ -204,8 +208,8 @@ OWN = {
     "pfenet-coco": dict(seg_steps=128_252, seg_batch=32, seg_lr=0.2, seg_crop=641, seg_rescale=(0.8, 1.25))}
 # What two CPU cores do in minutes; everything else as the paper.   [D14]
 SHAPES = dict(
-    backbone="tiny", weights="none", width=32, dropout=0.1, init_std=0, min_area=128,
-    enc_steps=1000, seg_steps=1000, seg_batch=4, seg_lr=0.02, seg_crop=97,
+    backbone="tiny", weights="none", width=32, dropout=0.1, init_std=0, min_area=128, held_out="drop",
+    enc_steps=2000, seg_steps=2000, seg_batch=4, seg_lr=0.02, seg_crop=97,
     test_scales=(1.0,), refinements=1, episodes=300, test_seeds=1, cache=400)
 # A few hundred photographs with a small pretrained backbone on two CPU cores.   [D14]
 PHOTOS = dict(
@@ -215,8 +219,8 @@ PHOTOS = dict(
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
-    "encoder": "data root train_list supervision seed amp weights backbone fold folds min_area enc_steps "
-               "enc_batch enc_lr enc_decay enc_rescale seg_crop momentum",
+    "encoder": "data root train_list supervision seed amp weights backbone fold folds min_area held_out "
+               "enc_steps enc_batch enc_lr enc_decay enc_rescale seg_crop momentum",
     "segmenter": "baseline guide vectors s1_loss s2_loss width dropout init_std empty_history inner_weight "
                  "batch_norm seg_steps seg_batch seg_lr weight_decay seg_rescale",
 }.items()}
@@ -589,6 +593,8 @@ def make_pools(args, run, train_set, val_set):
     for split, data, classes, least in (("train", train_set, trained, 2),
                                         ("val", val_set, tested, max(args.shots) + 1)):
         areas = read_areas(run, data, split)
+        if split == "train" and args.held_out == "drop":                                # [D14]
+            areas = areas * ~areas[:, np.array(tested) - 1].any(1, keepdims=True)
         why = f"{least} {split} pictures with {args.min_area} pixels of it"
         pool, short = pictures_of(areas, classes, args.min_area, least, names)
         if short: run.say(f"left out, fewer than {why}: {short}")

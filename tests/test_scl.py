@@ -660,6 +660,21 @@ def test_a_class_with_too_few_pictures_is_left_out_and_a_fold_without_any_refuse
     assert pools[1].any(0).nonzero()[0].tolist() == [2] and not pools[0][:, 2:4].any()
 
 
+@pytest.mark.parametrize("held_out, kept", [("background", [0, 1, 2, 3]), ("drop", [0, 3])])
+def test_training_pictures_with_held_out_classes(monkeypatch, held_out, kept):
+    """Classes 2 and 7 are held out in fold 1; pictures 1 and 2 show a pixel or more of them."""
+    areas = np.zeros((4, 8), int)
+    areas[:, 0] = 500
+    areas[1, 1], areas[2, 6] = 1, 900
+    monkeypatch.setattr(scl, "read_areas", lambda run, data, split: areas + 900 * (split == "val"))
+    fake, data = type("Run", (), {"say": staticmethod(print)}), type("Data", (), {"classes": [*"abcdefgh"]})
+    args = arguments(data="shapes", fold=1, shots=(1,), held_out=held_out, min_area=100)
+    pools, _ = scl.make_pools(args, fake, data, data)
+    tested = scl.class_folds("shapes", data.classes, "interleaved")[1]
+    assert list(tested) == [2, 7], "this test's areas are of other classes"
+    assert np.flatnonzero(pools[0].any(1)).tolist() == kept and pools[1].any(1).all()
+
+
 def test_stages_are_shared_only_between_runs_that_agree():
     fields = [name for names in scl.FIELDS.values() for name in names]
     known = {f.name for f in dataclasses.fields(scl.Args)}
