@@ -23,7 +23,9 @@ Table 4      initial mask = stage `initial`; the others, as paths to what the ro
 Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (SGD). One rate for all
                   layers; the poly schedule, stated for SGD alone, also with Adam
              [D2] classifier: only "classification network, CAM" is known. Here the segmentation network's
-                  backbone with one linear layer, Adam, colour jitter; the whole picture, to lose no tag
+                  backbone with one linear layer, Adam, colour jitter; the whole picture, to lose no tag.
+                  Preset solids, from nothing: its backbone first learns to segment the rendered pictures,
+                  which stands for ImageNet's weights, and it also sees their tags, in all runs
              [D3] the rest of an initial mask is background (--initial-rest), with the lowest weight of the
                   literal distance transform, sigmoid(0): seeds alone never teach background. Where the CAM
                   misses a part of the tags, the rest of that picture stays without label
@@ -57,9 +59,9 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from common import (
-    CRF, ConfusionMatrix, PSPNet, Run, UserError, contact_sheet, dense_crf, label_probs, make_backbone,
-    overlay, parse_args, poly, rank, read_state, reduce, save_image, save_label, save_npz, shard,
-    start_processes, world)
+    CRF, ConfusionMatrix, DeepLab, PSPNet, Run, UserError, contact_sheet, dense_crf, label_probs,
+    make_backbone, overlay, parse_args, poly, rank, read_state, reduce, save_image, save_label, save_npz,
+    shard, start_processes, world)
 from data import (
     PICTURES, DataError, Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_image,
     read_label, rescale, resize_long, subset, with_labels)
@@ -137,6 +139,10 @@ class Args:
     """the longer side is drawn from this range"""
     cam_crop: int = 640
     """pixels; not below the range, so that no part is cut off"""
+    cam_rendered: bool = False
+    """the classifier also sees the rendered pictures' tags [D2]"""
+    enc_steps: int = 0
+    """steps in which the classifier's backbone first learns to segment rendered pictures [D2]"""
     cam_jitter: float = 0.3
     """brightness, contrast and saturation [D2]"""
     cam_scales: tuple[float, ...] = (1.0,)
@@ -215,9 +221,10 @@ class Args:
 
 # What two CPU cores do in ten minutes; everything else as the paper. Also `--preset shapes`, for a folder.
 SOLIDS = dict(
-    backbone="tiny", weights="none", cam_stride=4, cam_steps=1200, cam_batch=8, cam_lr=2e-3,
-    cam_resize=(144, 160), cam_crop=160, superpixels=500, edge_width=3, seg_lr=2e-3, seg_stride=4,
-    seg_steps=400, source_steps=1200, rounds=3, seg_crop=96, seg_rescale=(0.8, 1.25))
+    backbone="tiny", weights="none", cam_stride=8, cam_steps=1500, cam_batch=8, cam_lr=2e-3,
+    cam_rendered=True, enc_steps=1000, cam_resize=(144, 160), cam_crop=160, superpixels=500, edge_width=3,
+    seg_lr=2e-3, seg_stride=4, seg_steps=400, source_steps=1200, rounds=3, seg_crop=96,
+    seg_rescale=(0.8, 1.25))
 # Real surfaces of one part, a few dozen to a few hundred photographs, a small pretrained backbone on a CPU.
 PHOTOS = dict(
     backbone="mobilenet_v2", cam_stride=16, cam_steps=300, cam_batch=8, cam_lr=1e-3, cam_resize=(257, 321),
@@ -231,12 +238,13 @@ SCENES = dict(
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
-    "classifier": "data root train_list seed amp weights background backbone cam_backbone cam_stride "
-                  "cam_steps cam_batch cam_lr cam_resize cam_crop cam_jitter power",
+    "encoder": "data root train_list seed amp weights background backbone cam_backbone cam_stride cam_batch "
+               "cam_lr cam_jitter enc_steps seg_crop seg_rescale rendered_root power",
+    "classifier": "cam_steps cam_resize cam_crop cam_rendered",
     "initial": "supervision initial cam_scales cam_decay cam_share superpixels compactness initial_rest",
-    "segmenter_1": "rendered rendered_root source_only spatial source_weight target_weight edge_width "
+    "segmenter_1": "rendered source_only spatial source_weight target_weight edge_width "
                    "optimizer seg_lr momentum weight_decay seg_stride seg_steps source_steps seg_batch "
-                   "seg_crop seg_rescale seg_auxiliary",
+                   "seg_auxiliary",
     "round_1": "test_scales",
     "pseudo_1": "crf refine ratio ratio_step ratio_max refine_superpixels refine_crf label_crf label_prob",
 }.items()}
@@ -506,9 +514,35 @@ class Joint(torch.utils.data.Dataset):
 
 
 # ── Training ────────────────────────────────────────────────────────────────────────────────────────────────
+def train_encoder(args, run, backbone, rendered):
+    """A backbone from nothing learns to segment the rendered pictures, with one linear layer.   [D2]"""
+    def augment(sample, rng):
+        sample = rescale(Sample(image=sample.image, mask=sample.mask), rng.uniform(*args.seg_rescale))
+        sample = flip(sample) if rng.random() < 0.5 else sample
+        return normalise(crop(color_jitter(sample, rng, *[args.cam_jitter] * 3), args.seg_crop, rng))
+
+    run.reseed("encoder")
+    net = DeepLab(backbone, nn.Conv2d(backbone.channels[-1], len(rendered.classes) + 1, 1))
+    ddp = run.place(net).train()
+    optim = torch.optim.Adam(net.parameters(), lr=args.cam_lr)
+    draws, schedule = Draws(rendered, augment, args.seed), poly(args.enc_steps, args.power)
+    for step, batch in run.steps("encoder", draws, args.enc_steps, args.cam_batch, net, optim, schedule):
+        with run.autocast():
+            scores = ddp(batch.image)
+        scores = resample(scores.float(), batch.mask.shape[-2:])
+        loss = F.cross_entropy(scores, batch.mask, ignore_index=255)
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        inside = (batch.mask > 0) & (batch.mask != 255)
+        right = ((scores.argmax(1) == batch.mask) & inside).sum() / inside.sum().clamp_min(1)
+        run.log(step, loss=loss, right=right)
+
+
 def train_classifier(args, run, train_set):
     """§3.1: image tags.   [D2]"""
     def augment(sample, rng):
+        sample = Sample(image=sample.image, tags=sample.tags)
         sample = resize_long(sample, int(rng.integers(args.cam_resize[0], args.cam_resize[1] + 1)))
         sample = flip(sample) if rng.random() < 0.5 else sample
         return normalise(crop(color_jitter(sample, rng, *[args.cam_jitter] * 3), args.cam_crop, rng))
@@ -516,9 +550,15 @@ def train_classifier(args, run, train_set):
     run.reseed("classifier")
     backbone = make_backbone(args.cam_backbone, weights_of(args.cam_backbone, args.weights), args.cam_stride,
                              pretrained(args.cam_backbone, args.weights))
+    rendered = load_rendered(args, train_set.classes) if args.cam_rendered or args.enc_steps else None
+    if args.enc_steps:
+        train_encoder(args, run, backbone, rendered)
+        run.reseed("classifier")
     net = TagNet(backbone, len(train_set.classes))
     ddp = run.place(net).train()
     optim = torch.optim.Adam(net.parameters(), lr=args.cam_lr)
+    if args.cam_rendered:
+        train_set = torch.utils.data.ConcatDataset([train_set, rendered])
     draws, schedule = Draws(train_set, augment, args.seed), poly(args.cam_steps, args.power)
     for step, batch in run.steps("classifier", draws, args.cam_steps, args.cam_batch, net, optim, schedule):
         with run.autocast():

@@ -702,7 +702,7 @@ def read_all(setting, split="train", masks=False):
 
 
 def test_error_unknown_data_set():
-    assert_error(lambda: load(args("imagenet"), "train"), "imagenet", "shapes", "voc, coco, context, workpiece")
+    assert_error(lambda: load(args("imagenet"), "train"), "imagenet", "shapes", "coco, context, workpiece")
 
 
 def test_error_missing_folder(tmp_path, work):
