@@ -317,8 +317,8 @@ def test_the_joint_loss_falls():
 # ---------------------------------------------------------------- runs
 
 TINY = """selftrain_workpiece.py --preset shapes --workers 0 --device cpu --cam-steps 3 --cam-batch 2
-    --enc-steps 2 --cam-crop 48 --cam-resize 48 64 --superpixels 100 --seg-steps 4 --source-steps 3 --seg-batch 4
-    --seg-crop 48 --rounds 2 --cam-scales 0.5 --test-scales 0.5 --stop-change 0
+    --enc-steps 2 --cam-crop 48 --cam-resize 48 64 --superpixels 100 --seg-steps 4 --source-steps 3
+    --seg-batch 4 --seg-crop 48 --rounds 2 --cam-scales 0.5 --test-scales 0.5 --stop-change 0
     --save-every 2 --log-every 1""".split()
 STAGES = ["initial", "round_1", "round_2", "val", "val_crf"]
 FOLDERS = ["initial", "round_1", "pseudo_1", "round_2", "val", "val_crf"]
