@@ -265,7 +265,8 @@ def prior_mask(high_q, high_s):
     high_q (B,C,h,w); high_s (B,C,h',w'), 0 outside of the object -> (B,1,h,w)
     """
     q, s = (F.normalize(x.float().flatten(2), dim=1) for x in (high_q, high_s))
-    best = (s.transpose(1, 2) @ q).amax(1).view(len(q), 1, *high_q.shape[2:])
+    with torch.autocast(q.device.type, enabled=False):      # in bf16 all large cosines would be a few values
+        best = (s.transpose(1, 2) @ q).amax(1).view(len(q), 1, *high_q.shape[2:])
     low, top = best.amin((2, 3), keepdim=True), best.amax((2, 3), keepdim=True)
     return (best - low) / (top - low + 1e-7)
 
