@@ -219,8 +219,9 @@ PHOTOS = dict(
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
-    "encoder": "data root train_list supervision seed amp weights backbone fold folds min_area held_out "
-               "enc_steps enc_batch enc_lr enc_decay enc_rescale seg_crop momentum",
+    "areas": "data root train_list supervision",
+    "encoder": "seed amp weights backbone fold folds min_area held_out enc_steps enc_batch enc_lr enc_decay "
+               "enc_rescale seg_crop momentum",
     "segmenter": "baseline guide vectors s1_loss s2_loss width dropout init_std empty_history inner_weight "
                  "batch_norm seg_steps seg_batch seg_lr weight_decay seg_rescale",
 }.items()}
@@ -576,7 +577,7 @@ def pictures_of(areas, classes, min_area, least, names):
 
 def read_areas(run, dataset, split):
     """Pixels of each class in each picture.   Writes areas/<split>.npz -> (n,K)"""
-    for (name,) in run.todo([split], "areas"):
+    for (name,) in run.todo([split], "areas", stage="areas"):
         save_npz(run.path("areas", name, ".npz"),
                  areas=class_areas(dataset, tqdm(range(len(dataset)), f"areas of {split}")))
     with np.load(run.path("areas", split, ".npz")) as file:

@@ -493,6 +493,8 @@ def test_the_same_command_again_does_nothing(finished, folder):
 def test_the_cache_of_features_changes_nothing(finished, folder, tmp_path):
     run_here(*command(folder, tmp_path, "--reuse", finished, "--cache", 1))
     assert counts(tmp_path) == counts(finished)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["reused"]) == {"areas", "encoder", "segmenter"}
 
 
 def test_test_counts_are_those_of_a_plain_loop(finished, folder):
