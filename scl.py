@@ -938,8 +938,9 @@ def joined(tests):
 def evaluate_test(args, run, classes, left_out):
     """test_<setting>_s<seed>, their mean test_<setting>, and what CGM gains over the average."""
     tests = [read_test(run.dir, args.episodes, seed) for seed in range(args.test_seeds)]
-    speed = dict(train_episodes_per_s=args.seg_steps * args.seg_batch / max(run.seconds("segmenter"), 1e-9),
-                 test_episodes_per_s=args.episodes * len(tests) / max(run.seconds("test"), 1e-9))
+    speed = dict(test_episodes_per_s=args.episodes * len(tests) / max(run.seconds("test"), 1e-9))
+    if "segmenter" not in run.results.get("reused", {}):
+        speed["train_episodes_per_s"] = args.seg_steps * args.seg_batch / max(run.seconds("segmenter"), 1e-9)
     seconds = round(sum(map(run.seconds, ("encoder", "segmenter", "test"))), 1)
     every = joined(tests)
     for K in args.shots if len(args.fuse) == 2 else ():

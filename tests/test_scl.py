@@ -495,6 +495,8 @@ def test_the_cache_of_features_changes_nothing(finished, folder, tmp_path):
     assert counts(tmp_path) == counts(finished)
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["reused"]) == {"areas", "encoder", "segmenter"}
+    timed = {"train_episodes_per_s"}
+    assert timed <= set(stages(finished)["test_1shot"]) and not timed & set(stages(tmp_path)["test_1shot"])
 
 
 def test_test_counts_are_those_of_a_plain_loop(finished, folder):
