@@ -459,8 +459,9 @@ class SCL(nn.Module):
         history = F_q.new_zeros(len(F_q), 2, *F_q.shape[2:])
         if self.training:
             fed = torch.rand(len(F_q), 1, 1, 1, device=F_q.device) >= self.empty_history
-            with torch.no_grad():                                                       # [D3]
-                if fed.any(): history = once(history)[0].softmax(1) * fed
+            # [D3] Not under no_grad: older torch's autocast would keep the weights cast there, cut off from
+            # their gradients, for the second pass as well.
+            if fed.any(): history = once(history)[0].detach().softmax(1) * fed
             return once(history)
         for _ in range(self.refinements): history = once(history)[0].softmax(1)
         return once(history)
