@@ -49,6 +49,9 @@ Departures   [D1] backbones are torchvision's; PFENet's has a stem of three 3x3 
                   steps, fewer pixels that make a picture count, fewer refinements. shapes: training pictures
                   without held-out classes (--held-out drop): an encoder from nothing that learns them as
                   background does not find them as foreground later
+             [D15] PASCAL-5i trains on train_aug, 10,582 pictures, for as many steps as 200 epochs of the
+                  authors' list of 5,953, which --train-list can name
+             [D16] CANet's query: pictures longer than 640 pixels, COCO's longest, are seen at 640
 Nothing here uses a dense CRF, as in the paper; --crf has no effect.
 """
 
@@ -161,7 +164,7 @@ class Args:
     """statistics of the fixed backbone in training: ImageNet's, or the batch's (authors' code) [D2]"""
     # --- training (§5.4.1); 0 = the baseline's own, see OWN ---
     seg_steps: int = 0
-    """200 epochs of 5,953 images; PFENet on COCO: 50 of 82,081"""
+    """200 epochs of 5,953 images [D15]; PFENet on COCO: 50 of 82,081"""
     seg_batch: int = 0
     """episodes a step, over all processes: 4; PFENet on COCO: 32"""
     seg_lr: float = 0
@@ -798,13 +801,17 @@ def encode_support(args, net, image, mask, device, name="support"):
                     net.object_high(middle, M_s))
 
 
+LONGEST = 640                                                                           # [D16]
+
+
 @torch.no_grad()
 def encode_query(args, net, image, device):
     """A query picture at each test scale -> list of F_q, layer4, size that the network saw, (h, w) within"""
     views, plain = [], Sample(image=image, mask=np.zeros(image.shape[:2], np.uint8))
+    if net.single and max(image.shape) > LONGEST: plain = resize_long(plain, LONGEST)
     for scale in args.test_scales:
         if net.single:                                                       # its own size
-            inside = [max(32, round(scale * n)) for n in image.shape[:2]]
+            inside = [max(32, round(scale * n)) for n in plain.image.shape[:2]]
             x = resample(normalise(plain).image[None].to(device), inside)
         else:
             sample, inside = network_sized(plain, args.baseline, round(scale * args.seg_crop))
