@@ -49,6 +49,9 @@ Departures   [D1] backbones are torchvision's; PFENet's has a stem of three 3x3 
                   steps, fewer pixels that make a picture count, fewer refinements. shapes: training pictures
                   without held-out classes (--held-out drop): an encoder from nothing that learns them as
                   background does not find them as foreground later
+             [D15] PASCAL-5i trains on train_aug, 10,582 pictures, for as many steps as 200 epochs of the
+                  authors' list of 5,953, which --train-list can name
+             [D16] CANet's query: pictures longer than 640 pixels, COCO's longest, are seen at 640
 Nothing here uses a dense CRF, as in the paper; --crf has no effect.
 """
 
@@ -161,7 +164,7 @@ class Args:
     """statistics of the fixed backbone in training: ImageNet's, or the batch's (authors' code) [D2]"""
     # --- training (§5.4.1); 0 = the baseline's own, see OWN ---
     seg_steps: int = 0
-    """200 epochs of 5,953 images; PFENet on COCO: 50 of 82,081"""
+    """200 epochs of 5,953 images [D15]; PFENet on COCO: 50 of 82,081"""
     seg_batch: int = 0
     """episodes a step, over all processes: 4; PFENet on COCO: 32"""
     seg_lr: float = 0
@@ -219,8 +222,9 @@ PHOTOS = dict(
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
-    "encoder": "data root train_list supervision seed amp weights backbone fold folds min_area held_out "
-               "enc_steps enc_batch enc_lr enc_decay enc_rescale seg_crop momentum",
+    "areas": "data root train_list supervision",
+    "encoder": "seed amp weights backbone fold folds min_area held_out enc_steps enc_batch enc_lr enc_decay "
+               "enc_rescale seg_crop momentum",
     "segmenter": "baseline guide vectors s1_loss s2_loss width dropout init_std empty_history inner_weight "
                  "batch_norm seg_steps seg_batch seg_lr weight_decay seg_rescale",
 }.items()}
@@ -265,7 +269,8 @@ def prior_mask(high_q, high_s):
     high_q (B,C,h,w); high_s (B,C,h',w'), 0 outside of the object -> (B,1,h,w)
     """
     q, s = (F.normalize(x.float().flatten(2), dim=1) for x in (high_q, high_s))
-    best = (s.transpose(1, 2) @ q).amax(1).view(len(q), 1, *high_q.shape[2:])
+    with torch.autocast(q.device.type, enabled=False):      # in bf16 all large cosines would be a few values
+        best = (s.transpose(1, 2) @ q).amax(1).view(len(q), 1, *high_q.shape[2:])
     low, top = best.amin((2, 3), keepdim=True), best.amax((2, 3), keepdim=True)
     return (best - low) / (top - low + 1e-7)
 
@@ -457,8 +462,9 @@ class SCL(nn.Module):
         history = F_q.new_zeros(len(F_q), 2, *F_q.shape[2:])
         if self.training:
             fed = torch.rand(len(F_q), 1, 1, 1, device=F_q.device) >= self.empty_history
-            with torch.no_grad():                                                       # [D3]
-                if fed.any(): history = once(history)[0].softmax(1) * fed
+            # [D3] Not under no_grad: older torch's autocast would keep the weights cast there, cut off from
+            # their gradients, for the second pass as well.
+            if fed.any(): history = once(history)[0].detach().softmax(1) * fed
             return once(history)
         for _ in range(self.refinements): history = once(history)[0].softmax(1)
         return once(history)
@@ -575,7 +581,7 @@ def pictures_of(areas, classes, min_area, least, names):
 
 def read_areas(run, dataset, split):
     """Pixels of each class in each picture.   Writes areas/<split>.npz -> (n,K)"""
-    for (name,) in run.todo([split], "areas"):
+    for (name,) in run.todo([split], "areas", stage="areas"):
         save_npz(run.path("areas", name, ".npz"),
                  areas=class_areas(dataset, tqdm(range(len(dataset)), f"areas of {split}")))
     with np.load(run.path("areas", split, ".npz")) as file:
@@ -795,13 +801,17 @@ def encode_support(args, net, image, mask, device, name="support"):
                     net.object_high(middle, M_s))
 
 
+LONGEST = 640                                                                           # [D16]
+
+
 @torch.no_grad()
 def encode_query(args, net, image, device):
     """A query picture at each test scale -> list of F_q, layer4, size that the network saw, (h, w) within"""
     views, plain = [], Sample(image=image, mask=np.zeros(image.shape[:2], np.uint8))
+    if net.single and max(image.shape) > LONGEST: plain = resize_long(plain, LONGEST)
     for scale in args.test_scales:
         if net.single:                                                       # its own size
-            inside = [max(32, round(scale * n)) for n in image.shape[:2]]
+            inside = [max(32, round(scale * n)) for n in plain.image.shape[:2]]
             x = resample(normalise(plain).image[None].to(device), inside)
         else:
             sample, inside = network_sized(plain, args.baseline, round(scale * args.seg_crop))
@@ -936,8 +946,9 @@ def joined(tests):
 def evaluate_test(args, run, classes, left_out):
     """test_<setting>_s<seed>, their mean test_<setting>, and what CGM gains over the average."""
     tests = [read_test(run.dir, args.episodes, seed) for seed in range(args.test_seeds)]
-    speed = dict(train_episodes_per_s=args.seg_steps * args.seg_batch / max(run.seconds("segmenter"), 1e-9),
-                 test_episodes_per_s=args.episodes * len(tests) / max(run.seconds("test"), 1e-9))
+    speed = dict(test_episodes_per_s=args.episodes * len(tests) / max(run.seconds("test"), 1e-9))
+    if "segmenter" not in run.results.get("reused", {}):
+        speed["train_episodes_per_s"] = args.seg_steps * args.seg_batch / max(run.seconds("segmenter"), 1e-9)
     seconds = round(sum(map(run.seconds, ("encoder", "segmenter", "test"))), 1)
     every = joined(tests)
     for K in args.shots if len(args.fuse) == 2 else ():

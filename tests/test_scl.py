@@ -287,6 +287,13 @@ def test_batch_norm_is_frozen_or_takes_the_batch():
     assert not close(other.backbone.norms()[0].running_mean, before)
 
 
+def test_canet_sees_large_photographs_at_640_pixels():
+    net, args = network(), arguments(test_scales=(0.5, 1.0))
+    for side, seen in ((96, (48, 96)), (1280, (320, 640))):
+        views = scl.encode_query(args, net, np.zeros((side, side // 2, 3), np.uint8), "cpu")
+        assert [tuple(view[2]) for view in views] == [(n, max(32, n // 2)) for n in seen]
+
+
 def test_mobilenet_taps_lie_on_one_grid():
     net = scl.make_scl(arguments(backbone="mobilenet_v2", baseline="pfenet"), "none").eval()
     middle, high = net.encode(torch.randn(1, 3, 65, 65))
@@ -493,6 +500,10 @@ def test_the_same_command_again_does_nothing(finished, folder):
 def test_the_cache_of_features_changes_nothing(finished, folder, tmp_path):
     run_here(*command(folder, tmp_path, "--reuse", finished, "--cache", 1))
     assert counts(tmp_path) == counts(finished)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["reused"]) == {"areas", "encoder", "segmenter"}
+    timed = {"train_episodes_per_s"}
+    assert timed <= set(stages(finished)["test_1shot"]) and not timed & set(stages(tmp_path)["test_1shot"])
 
 
 def test_test_counts_are_those_of_a_plain_loop(finished, folder):
