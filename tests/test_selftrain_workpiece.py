@@ -70,6 +70,17 @@ def test_source_weight_lights_every_boundary():
     assert 2 <= literal[14, 5:15].sum() <= 4 and 6 <= wide[14, 2:16].sum() <= 8
 
 
+def test_source_weight_has_no_boundary_where_labels_end():
+    """Padding, other pixels without label: the same α as on the whole picture, no edge at their border."""
+    label = np.zeros((30, 40), np.uint8)
+    label[8:20, 10:30] = 3
+    whole = sw.source_weight(label, 3)
+    padded = np.pad(label, 6, constant_values=255)
+    assert (sw.source_weight(padded, 3)[6:-6, 6:-6] == whole).all()
+    assert (sw.source_weight(np.pad(0 * label, 6, constant_values=255), 3) == 1).all()
+    assert (sw.source_weight(np.full_like(label, 255), 3) == 1).all()
+
+
 def test_target_weight_is_the_sigmoid_of_the_distance():
     rng = np.random.default_rng(0)
     label = np.repeat(np.repeat(rng.integers(0, 3, (4, 5)).astype(np.uint8), 4, 0), 4, 1)
@@ -473,6 +484,7 @@ def test_street_scenes_start_from_the_source(tmp_path):
     made = json.loads((tmp_path / "out" / "args.json").read_text())
     assert [made[key] for key in ("optimizer", "power", "initial", "preset")] == [
         "sgd", 0.98, "source", "cityscapes"]
+    assert all(s["iou"]["background"] is None for s in entries), "no such class: never predicted"
 
 
 def test_predicts_with_the_runs_network(finished, folder, tmp_path):
@@ -526,3 +538,8 @@ def test_stages_are_shared_only_between_runs_that_agree():
     free = set("""preset out reuse fresh device workers predict checkpoint log_every save_every rounds
         stop_change seg_crf""".split())
     assert known - set(fields) == free, "each field belongs to a stage, or can not change one"
+    source = [name for names in sw.SOURCE_FIELDS.values() for name in names]
+    assert sorted(source) == sorted({*fields} - {"source_only"})
+    stages, depends = list(sw.SOURCE_FIELDS), {"source_steps", "seg_lr", "test_scales", "ratio", "label_crf"}
+    before = [name for stage in stages[:stages.index("initial") + 1] for name in sw.SOURCE_FIELDS[stage]]
+    assert depends <= set(before), "initial masks by a source network depend on all that made them"
