@@ -372,8 +372,9 @@ def cells_to_pixels(x, stride, size, seen=None):
 
 @torch.no_grad()
 def cam_of_tags(net, image, tags, scales, stride, device):
-    """CAM summed over scales and mirror images, negative scores cut, each map's peak 1.
+    """CAM summed over scales and mirror images, each map from 0, its least value, to 1, its greatest.
 
+    So the CAM of a tag that the classifier does not believe in has a peak too, as the rule of §4.2.1 expects.
     image (H,W,3) uint8, tags (K,) bool -> (K,H,W) float32; classes that the image does not have are 0
     """
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
@@ -381,9 +382,10 @@ def cam_of_tags(net, image, tags, scales, stride, device):
     for scale in scales:
         seen = [max(32, round(n * scale)) for n in image.shape[:2]]
         scaled = resample(x, seen)
-        scores = F.relu(net.scores(torch.cat([scaled, scaled.flip(-1)]))[:, tags])
+        scores = net.scores(torch.cat([scaled, scaled.flip(-1)]))[:, tags]
         scores = cells_to_pixels(scores, stride, image.shape[:2], seen)
         total = total + scores[0] + scores[1].flip(-1)
+    total = total - total.amin((1, 2), keepdim=True)
     full = np.zeros((len(tags), *image.shape[:2]), np.float32)
     full[tags] = (total / total.amax((1, 2), keepdim=True).clamp_min(1e-5)).cpu().numpy()
     return full

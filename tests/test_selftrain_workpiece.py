@@ -123,6 +123,19 @@ def test_cam_mask_of_a_part_that_was_not_found():
     assert sw.cam_mask(small, 0.02, 0.99).sum() == 1, "never 2 %: what there is"
 
 
+def test_cam_of_an_unsure_classifier():
+    """All scores negative: the greatest is the peak all the same. Classes without a tag have no CAM."""
+    class Unsure:
+        def scores(self, x): return x[:, [0, 1, 2, 0], ::4, ::4] - 9
+
+    image = np.random.default_rng(0).integers(0, 255, (40, 48, 3)).astype(np.uint8)
+    tags = np.array([True, False, True, False])
+    cam = sw.cam_of_tags(Unsure(), image, tags, (1.0, 0.5), 4, "cpu")
+    assert cam.shape == (4, 40, 48) and (cam[[0, 2]].max((1, 2)) == 1).all() and not cam[[1, 3]].any()
+    assert (cam[[0, 2]].min((1, 2)) == 0).all() and sw.cam_mask(cam[0], 0.02, 0.99).mean() > 0.02
+    assert not sw.cam_of_tags(Unsure(), image, np.zeros(4, bool), (1.0,), 4, "cpu").any()
+
+
 def test_only_whole_superpixels():
     index = np.arange(12).reshape(3, 4).repeat(4, 0).repeat(5, 1)
     mask = np.random.default_rng(1).random(index.shape) < 0.97
