@@ -1416,12 +1416,13 @@ class Solids:
     """800 rendered, 1,600 train and 200 val pictures of 128 x 160, drawn when first asked for, then kept. A
     list file picks among the training pictures.
     """
+    scenes = {}                                                     # by name, for all data sets of a process
 
     def __init__(self, root, split, train_list, wish):
         self.classes, self.notes, self.fields = list(SOLIDS), {}, wish.shown
         tail = [""] if split == "rendered" else [f"_b{i}" for i in range(4)]
         self.names = [f"{split}_{i:04d}{tail[i % len(tail)]}" for i in range(SOLID_SCENES[split])]
-        self.split, self.scenes = split, {}
+        self.split = split
         if split == "train" and train_list not in ("train", "train_aug"):
             listed = read_list(train_list)
             require(listed, self.names, "solids", f"its names are {self.names[0]} to {self.names[-1]}")

@@ -44,7 +44,7 @@ Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (
              [D12] --no-refine: the next round learns from raw predictions ("simply iteration", §3.4)
              [D13] PSPNet's auxiliary loss (0.4) and scale, mirror and crop augmentation are PSPNet's paper's
              [D14] --supervision full: real masks instead of pseudo labels, one round with the steps of all
-             [D15] street scenes: the 19 classes have no background; class 0 is never taught
+             [D15] street scenes: the 19 classes have no background; class 0 is neither taught nor predicted
 """
 
 from dataclasses import dataclass, replace
@@ -234,7 +234,7 @@ PHOTOS = dict(
 SCENES = dict(
     backbone="resnet101", initial="source", optimizer="sgd", seg_lr=1e-3, weight_decay=1e-4, seg_steps=40_000,
     source_steps=40_000, seg_batch=8, seg_crop=473, seg_rescale=(0.35, 0.75), test_scales=(0.5,),
-    superpixels=4000, ratio=0.3, ratio_step=0.05, ratio_max=0.5)                        # [D8] [D15]
+    superpixels=4000, initial_rest="ignore", ratio=0.3, ratio_step=0.05, ratio_max=0.5)       # [D8] [D15]
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
@@ -248,6 +248,12 @@ FIELDS = {stage: names.split() for stage, names in {
     "round_1": "test_scales",
     "pseudo_1": "crf refine ratio ratio_step ratio_max refine_superpixels refine_crf label_crf label_prob",
 }.items()}
+# --initial source: the order of the stages is another one, and the initial masks depend on all of it.
+SOURCE_FIELDS = {
+    "source": [name for stage in ("classifier", "initial", "segmenter_1") for name in FIELDS[stage]
+               if name != "source_only"],
+    "initial_raw": FIELDS["round_1"], "initial": FIELDS["pseudo_1"],
+    "segmenter_1": [], "round_1": [], "pseudo_1": []}
 
 
 # ── Network ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -270,7 +276,10 @@ def make_pspnet(args, weights, classes):
     """PSPNet for `classes` and background; weights "none" where they are loaded afterwards."""
     start = pretrained(args.backbone, args.weights)
     backbone = make_backbone(args.backbone, weights_of(args.backbone, weights), args.seg_stride, start)
-    return PSPNet(backbone, classes + 1)
+    net = PSPNet(backbone, classes + 1)
+    if args.data == "cityscapes":                               # [D15] e^-100 = 0: never predicted
+        with torch.no_grad(): net.head[-1].bias[0] = net.auxiliary[-1].bias[0] = -100.0
+    return net
 
 
 def weights_of(backbone, weights):
@@ -314,10 +323,14 @@ def eq2_joint_loss(logits, label, alpha, sets):
 def source_weight(label, width, form="plus_one"):
     """§3.3: boundaries of a rendered label by Canny, dilated to `width` pixels.   [D5]
 
+    What has no label, padding too, is filled with the nearest label first: its border is no boundary.
     label (H,W) uint8 -> α (H,W): 1 + edges, or edges alone ("literal")
     """
     import cv2
 
+    if (label == 255).any() and not (label == 255).all():
+        y, x = ndimage.distance_transform_edt(label == 255, return_distances=False, return_indices=True)
+        label = label[y, x]
     edges = cv2.Canny(np.ascontiguousarray(label), 1, 2) > 0    # a step between any two classes is an edge
     edges = cv2.dilate(edges.astype(np.uint8), np.ones((width, width), np.uint8)).astype(np.float32)
     return edges if form == "literal" else 1 + edges
@@ -367,8 +380,9 @@ def cells_to_pixels(x, stride, size, seen=None):
 
 @torch.no_grad()
 def cam_of_tags(net, image, tags, scales, stride, device):
-    """CAM summed over scales and mirror images, negative scores cut, each map's peak 1.
+    """CAM summed over scales and mirror images, each map from 0, its least value, to 1, its greatest.
 
+    So the CAM of a tag that the classifier does not believe in has a peak too, as the rule of §4.2.1 expects.
     image (H,W,3) uint8, tags (K,) bool -> (K,H,W) float32; classes that the image does not have are 0
     """
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
@@ -376,9 +390,10 @@ def cam_of_tags(net, image, tags, scales, stride, device):
     for scale in scales:
         seen = [max(32, round(n * scale)) for n in image.shape[:2]]
         scaled = resample(x, seen)
-        scores = F.relu(net.scores(torch.cat([scaled, scaled.flip(-1)]))[:, tags])
+        scores = net.scores(torch.cat([scaled, scaled.flip(-1)]))[:, tags]
         scores = cells_to_pixels(scores, stride, image.shape[:2], seen)
         total = total + scores[0] + scores[1].flip(-1)
+    total = total - total.amin((1, 2), keepdim=True)
     full = np.zeros((len(tags), *image.shape[:2]), np.float32)
     full[tags] = (total / total.amax((1, 2), keepdim=True).clamp_min(1e-5)).cpu().numpy()
     return full
@@ -683,8 +698,9 @@ def write_round_labels(args, run, net, train_set, source, folder, p):
                 for name in names: save_label(run.path(folder, name), read_label(run.path(source, name)))
                 continue
             images = [train_set[train_set.index(name)].image for name in names]
-            probs = [predict(net, image, args.test_scales, run.device) for image in images]
-            labels, regions = [alg2_label(P, threshold) for P in probs], [None] * len(names)
+            labels = [alg2_label(predict(net, image, args.test_scales, run.device), threshold)
+                      for image in images]                      # one picture's probabilities at a time
+            regions = [None] * len(names)
             if args.refine_superpixels:
                 regions = [slic_regions(image, args.superpixels, args.compactness) for image in images]
             labels = refine_labels(images, labels, len(train_set.classes) + 1, regions, last,
@@ -851,7 +867,7 @@ def main():
     rendered = load_rendered(args, train_set.classes) if args.rendered else None
     start_processes(args.device)
     check_selftrain(args)
-    run, net = Run(args, FIELDS), None
+    run, net = Run(args, FIELDS if args.initial == "cam" else SOURCE_FIELDS), None
     if args.source_only or args.initial == "source" and args.supervision != "full":
         net = train_round(args, run, "source", args.source_steps, 0, None, rendered)    # §4.2.2
     if args.supervision == "full" and not args.source_only:

@@ -70,6 +70,17 @@ def test_source_weight_lights_every_boundary():
     assert 2 <= literal[14, 5:15].sum() <= 4 and 6 <= wide[14, 2:16].sum() <= 8
 
 
+def test_source_weight_has_no_boundary_where_labels_end():
+    """Padding, other pixels without label: the same α as on the whole picture, no edge at their border."""
+    label = np.zeros((30, 40), np.uint8)
+    label[8:20, 10:30] = 3
+    whole = sw.source_weight(label, 3)
+    padded = np.pad(label, 6, constant_values=255)
+    assert (sw.source_weight(padded, 3)[6:-6, 6:-6] == whole).all()
+    assert (sw.source_weight(np.pad(0 * label, 6, constant_values=255), 3) == 1).all()
+    assert (sw.source_weight(np.full_like(label, 255), 3) == 1).all()
+
+
 def test_target_weight_is_the_sigmoid_of_the_distance():
     rng = np.random.default_rng(0)
     label = np.repeat(np.repeat(rng.integers(0, 3, (4, 5)).astype(np.uint8), 4, 0), 4, 1)
@@ -110,6 +121,19 @@ def test_cam_mask_of_a_part_that_was_not_found():
     small = np.zeros((20, 20))
     small[3, 4] = 1
     assert sw.cam_mask(small, 0.02, 0.99).sum() == 1, "never 2 %: what there is"
+
+
+def test_cam_of_an_unsure_classifier():
+    """All scores negative: the greatest is the peak all the same. Classes without a tag have no CAM."""
+    class Unsure:
+        def scores(self, x): return x[:, [0, 1, 2, 0], ::4, ::4] - 9
+
+    image = np.random.default_rng(0).integers(0, 255, (40, 48, 3)).astype(np.uint8)
+    tags = np.array([True, False, True, False])
+    cam = sw.cam_of_tags(Unsure(), image, tags, (1.0, 0.5), 4, "cpu")
+    assert cam.shape == (4, 40, 48) and (cam[[0, 2]].max((1, 2)) == 1).all() and not cam[[1, 3]].any()
+    assert (cam[[0, 2]].min((1, 2)) == 0).all() and sw.cam_mask(cam[0], 0.02, 0.99).mean() > 0.02
+    assert not sw.cam_of_tags(Unsure(), image, np.zeros(4, bool), (1.0,), 4, "cpu").any()
 
 
 def test_only_whole_superpixels():
@@ -473,6 +497,7 @@ def test_street_scenes_start_from_the_source(tmp_path):
     made = json.loads((tmp_path / "out" / "args.json").read_text())
     assert [made[key] for key in ("optimizer", "power", "initial", "preset")] == [
         "sgd", 0.98, "source", "cityscapes"]
+    assert all(s["iou"]["background"] is None for s in entries), "no such class: never predicted"
 
 
 def test_predicts_with_the_runs_network(finished, folder, tmp_path):
@@ -526,3 +551,8 @@ def test_stages_are_shared_only_between_runs_that_agree():
     free = set("""preset out reuse fresh device workers predict checkpoint log_every save_every rounds
         stop_change seg_crf""".split())
     assert known - set(fields) == free, "each field belongs to a stage, or can not change one"
+    source = [name for names in sw.SOURCE_FIELDS.values() for name in names]
+    assert sorted(source) == sorted({*fields} - {"source_only"})
+    stages, depends = list(sw.SOURCE_FIELDS), {"source_steps", "seg_lr", "test_scales", "ratio", "label_crf"}
+    before = [name for stage in stages[:stages.index("initial") + 1] for name in sw.SOURCE_FIELDS[stage]]
+    assert depends <= set(before), "initial masks by a source network depend on all that made them"
