@@ -194,13 +194,14 @@ def collate(samples):
 # ── Datasets ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def load(args, split, masks=False):
+def load(args, split, masks=False, fields=None):
     """Dataset of split "train" or "val". args: data, root (default data/<data>), train_list, supervision.
 
     A training sample shows what args.supervision reveals and nothing else. Val samples, and training samples
     under masks=True (the evaluation call, never for training), show everything there is: dataset.fields.
     Split "rendered" (solids, workpiece, gta5) holds synthetic pictures, whose masks are no secret.
-    Raises DataError.
+    fields: of what may be seen, only these; the others are not derived either, which takes scribbles longer
+    than a photograph takes to be read. Raises DataError.
     """
     if args.data not in SOURCES:
         raise DataError(f"no data set is called {args.data!r}; choose one of {', '.join(SOURCES)}")
@@ -211,7 +212,9 @@ def load(args, split, masks=False):
         needed = revealed
     if split == "rendered" and args.data not in RENDERED:
         raise DataError(f"{args.data} has no rendered pictures; {', '.join(RENDERED)} have")
-    wish = Wish(REVEALS["full"] if masks or split in ("val", "rendered") else revealed, needed, revealed)
+    shown = REVEALS["full"] if masks or split in ("val", "rendered") else revealed
+    wish = Wish(*(tuple(key for key in keys if fields is None or key in fields)
+                  for keys in (shown, needed, revealed)))
     root = Path(getattr(args, "root", "") or f"data/{args.data}")
     return Dataset(SOURCES[args.data](root, split, args.train_list, wish))
 

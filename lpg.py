@@ -12,9 +12,10 @@ Equations    (1) eq1_latent_segmentation    (2) eq2_4_cross_entropy    (3) eq3_g
 Figures      Fig. 1 = learn_generators; Fig. 2 = the loop of main; Fig. 3 = panels/train.png
 Commands     python lpg.py                              # embedded shapes, made for two CPU cores
              python lpg.py --data voc --root data/voc --aux coco --aux-root data/coco    # paper: 68.4 val
-             python lpg.py --data voc --backbone resnet101                               # paper: 73.3 val
+             python lpg.py --data voc --backbone resnet101 --out runs/lpg-r101           # paper: 73.3 val
              python lpg.py --data voc --supervision semi                                 # paper: 68.7 val
-             python lpg.py --data voc --backbone resnet101 --generator runs/lpg-voc-box-s0/generators.pt
+             python lpg.py --data voc --backbone resnet101 --generator runs/lpg-voc-box-s0/generators.pt \
+                 --out runs/lpg-r101-vgg                                                 # paper: 72.9 val
              python lpg.py --data coco --classes not-voc --aux voc --aux-root data/voc   # Table VII, LPG_voc
              python lpg.py --generator-fixed --reuse runs/lpg-shapes-box-s0 --out runs/lpg-fixed    # Table II
              python lpg.py --predict photos/ --checkpoint runs/lpg-voc-box-s0/segmenter_3.pt
@@ -61,7 +62,7 @@ from common import (
     reduce, save_checkpoint, save_image, save_label, save_npz, shard, start_processes, world)
 from data import (
     PICTURES, Draws, Sample, changed, chosen_classes, coco_name, crop, flip, join, load, normalise,
-    read_image, read_label, rescale, select, with_labels)
+    read_image, read_label, rescale, select, voc_root, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -782,7 +783,7 @@ def predict_folder(args):
 def target_set(args, split, masks=False):
     """The target with its classes. Its training samples show boxes, masks only under --supervision full."""
     revealed = "box" if args.supervision == "semi" else args.supervision
-    dataset = load(dataclasses.replace(args, supervision=revealed), split, masks)
+    dataset = load(dataclasses.replace(args, supervision=revealed), split, masks, ("boxes", "mask"))
     chosen = chosen_classes(args.classes, dataset.classes, "--classes")
     return select(dataset, chosen) if chosen != dataset.classes else dataset
 
@@ -796,6 +797,9 @@ def semi_set(args, train_set):
     if share:
         number = round(float(args.semi_masks) * len(known))
         known = sorted(np.random.default_rng([args.seed, 2]).permutation(known)[:number].tolist())
+    if len(known) in (0, len(train_set)):                   # coco and workpiece have no list "train" of some
+        raise UserError(f"--semi-masks {args.semi_masks} shows the masks of {len(known)} of {len(train_set)} "
+                        "pictures: give a share, 0.14, or a list of some of them")
     return select(truth, names=known)
 
 
@@ -805,12 +809,15 @@ def auxiliary_set(args, target, val):
     roots = args.aux_root.split(",") if args.aux_root else [f"data/{source}" for source in sources]
     if sources == [""] or len(roots) != len(sources):
         raise UserError(f"--aux {args.aux} --aux-root {args.aux_root}: give as many folders as data sets")
+    def place(data, root):                                  # VOC's folder may be given in three ways
+        return data, (voc_root(Path(root)) if data == "voc" else Path(root)).resolve()
+
     taken, parts = {coco_name(name) for name in target.classes}, []
     for source, root in zip(sources, roots):
         asked = dataclasses.replace(args, data=source, root=root, supervision="full", train_list=(
             args.train_list if args.train_list in ("train", "train_aug") else "train"))
-        part = load(asked, "train")
-        own = {*target.names, *val.names} if (source, Path(root)) == (args.data, Path(args.root)) else {}
+        part = load(asked, "train", fields=("boxes", "mask"))
+        own = {*target.names, *val.names} if place(source, root) == place(args.data, args.root) else {}
         parts.append(select(part, names=[name for name in part.names if name not in own]))
     every = join(parts) if len(parts) > 1 else parts[0]
     free = [name for name in every.classes if coco_name(name) not in taken]

@@ -52,6 +52,18 @@ def test_voc_and_coco_spell_six_classes_differently():
 
 
 @pytest.mark.parametrize("layout", ["voc", "coco"])
+def test_fields_that_are_not_asked_for_are_not_made(exported, layout):
+    args = types.SimpleNamespace(data=layout, root=str(exported / layout), train_list="train")
+    for args.supervision, split, masks, shown in (
+            ("full", "train", False, "boxes mask"), ("box", "train", False, "boxes"),
+            ("box", "train", True, "boxes mask"), ("image", "train", False, ""),
+            ("box", "val", False, "boxes mask")):
+        some, every = (load(args, split, masks, fields) for fields in (("boxes", "mask"), None))
+        assert {*some.fields} == {*some.source.fields} == {*shown.split()} <= {*every.fields}
+        for key in some.fields: assert (getattr(some[3], key) == getattr(every[3], key)).all()
+
+
+@pytest.mark.parametrize("layout", ["voc", "coco"])
 def test_selected_classes_are_renumbered_everywhere(exported, layout):
     every = ask(layout, exported / layout)
     chosen = [every.classes[5], every.classes[1]]

@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -285,6 +286,14 @@ def test_target_samples_show_no_more_than_they_may(supervision):
     assert hasattr(train_set[0], "boxes") and hasattr(train_set[0], "mask") == (supervision == "full")
     truth = lpg.semi_set(args, train_set)
     assert len(truth) == 70 and hasattr(truth[0], "mask") and truth.names == sorted(truth.names)
+    assert not hasattr(truth[0], "scribble"), "nothing that no step uses: it would be drawn at each reading"
+
+
+@pytest.mark.parametrize("masks", ["train", "0", "1.0"])
+def test_semi_is_neither_weak_nor_full(masks):
+    args = arguments(supervision="semi", semi_masks=masks)
+    with pytest.raises(UserError, match="0 of 500|500 of 500"):
+        lpg.semi_set(args, lpg.target_set(args, "train"))
 
 
 @pytest.fixture(scope="module")
@@ -305,10 +314,13 @@ def test_classes_of_one_data_set_are_target_and_auxiliary(voc, tmp_path):
     aux = lpg.auxiliary_set(args, target, val)
     assert aux.classes == every.classes[4:] and len(aux) > 0
     assert not {*aux.names} & {*target.names}, "shared pictures belong to the target"
+    assert vars(aux[0]).keys() == {"name", "image", "tags", "boxes", "mask"}
     assert {*aux.names} == {s.name for s in every if s.tags[4:].any() and not s.tags[:4].any()}
     assert all(set(np.unique(s.mask)) <= {0, 1, 2, 3, 4} and hasattr(s, "boxes") for s in aux)
     other = types.SimpleNamespace(data="coco", root=coco, train_list="train", supervision="full")
     more = [s.name for s in load(other, "train") if s.tags[4:].any()]
+    spelled = dataclasses.replace(args, aux_root=f"{voc}/../{Path(voc).name}")
+    assert lpg.auxiliary_set(spelled, target, val).names == aux.names, "the same folder in other words"
     both = dataclasses.replace(args, aux="voc,coco", aux_root=f"{voc},{coco}")
     joined = lpg.auxiliary_set(both, target, val)
     assert joined.classes == aux.classes, "one name, one class"
