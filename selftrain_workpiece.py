@@ -251,8 +251,8 @@ FIELDS = {stage: names.split() for stage, names in {
 }.items()}
 # --initial source: the order of the stages is another one, and the initial masks depend on all of it.
 SOURCE_FIELDS = {
-    "source": [name for stage in ("classifier", "initial", "segmenter_1") for name in FIELDS[stage]
-               if name != "source_only"],
+    "source": [name for stage in ("encoder", "classifier", "initial", "segmenter_1")
+               for name in FIELDS[stage] if name != "source_only"],
     "initial_raw": FIELDS["round_1"], "initial": FIELDS["pseudo_1"],
     "segmenter_1": [], "round_1": [], "pseudo_1": []}
 
