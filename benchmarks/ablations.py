@@ -195,16 +195,15 @@ def collect(method, args, table):
     """Everything that was run: list of rows with the values of each seed."""
     rows = []
     for row in table.rows:
-        values, commits, seconds = {}, set(), []
+        values, commits = {}, set()
         for seed in range(args.seeds):
             results = finished(folder_of(method, args, row, seed), table.stages)
             if results is None: continue
             scores = {stage["stage"]: stage.get(table.metric) for stage in results["stages"]}
             values[str(seed)] = {stage: scores.get(stage) for stage in table.stages}
             commits.add(results["git"])
-            seconds.append(sum(stage.get("seconds") or 0 for stage in results["stages"]))
         rows.append({"label": row.label, "flags": row.flags, "paper": row.paper, "seeds": values,
-                     "commits": sorted(commits), "seconds": seconds})
+                     "commits": sorted(commits)})
     return rows
 
 
