@@ -47,8 +47,8 @@ Departures   [D1] second level of the displacement branch: 128 channels (authors
              [D18] presets: IRNet learns with momentum 0.9 and rate 0.05 of both branches, in place of 0.1
                   and ten times that without momentum: few steps of few images. photos: the weight of Eq. 6
                   grows from 0 to 1 in the first half of the steps. Otherwise D becomes constant within 40
-                  steps and stays so ("spread" in log.jsonl): at D = 0, what a step gains in Eq. 5 it loses
-                  in Eq. 6, and layers below an output of 0 learn nothing
+                  steps and stays so ("spread" in log.jsonl): probably since at D = 0 a step loses in Eq. 6
+                  what it gains in Eq. 5, and layers below an output of 0 learn nothing
              [D19] preset shapes: t = 50, since the walk's reach grows with √t and the scenes' grid has about
                   55 cells a side where VOC's has 125: 256 · (55/125)²
              [D20] labels are scored on all training pictures, with train_aug 10,582; the paper's 48.3 and

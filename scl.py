@@ -47,8 +47,8 @@ Departures   [D1] backbones are torchvision's; PFENet's has a stem of three 3x3 
                   classes; then it stays fixed, as one from ImageNet does
              [D14] presets: narrower decoders, their first weights scaled to that, less dropout, rates for few
                   steps, fewer pixels that make a picture count, fewer refinements. shapes: training pictures
-                  without held-out classes (--held-out drop): an encoder from nothing that learns them as
-                  background does not find them as foreground later
+                  without held-out classes (--held-out drop), so that an encoder from nothing does not learn
+                  them as background
              [D15] PASCAL-5i trains on train_aug, 10,582 pictures, for as many steps as 200 epochs of the
                   authors' list of 5,953, which --train-list can name
              [D16] CANet's query: pictures longer than 640 pixels, COCO's longest, are seen at 640
