@@ -154,6 +154,9 @@ class Args:
     """the classifier also sees the rendered pictures' tags [D2]"""
     cam_jitter: float = 0.3
     """brightness, contrast and saturation [D2]"""
+    cam_pool: float = 1.0
+    """a tag's score is the mean over this share of the cells, those with the largest scores; 1 = all, as
+    CAM's paper, in which small parts drown"""
     cam_scales: tuple[float, ...] = (1.0,)
     """scales of the CAM, each with its mirror image"""
     cam_decay: float = 0.99
@@ -231,7 +234,7 @@ class Args:
 # What two CPU cores do in ten minutes; everything else as the paper. Also `--preset shapes`, for a folder.
 SOLIDS = dict(
     backbone="tiny", weights="none", cam_stride=8, cam_steps=600, cam_batch=8, cam_lr=5e-4,
-    cam_rendered=True, enc_steps=2000, cam_share=0.05, cam_resize=(144, 160), cam_crop=160,
+    cam_pool=0.05, enc_steps=2000, cam_share=0.05, cam_resize=(144, 160), cam_crop=160,
     superpixels=500, edge_width=3, seg_lr=2e-3, seg_stride=4, seg_steps=400, source_steps=1200, rounds=3,
     seg_crop=96, seg_rescale=(0.8, 1.25))
 # Real surfaces of one part, a few dozen to a few hundred photographs, a small pretrained backbone on a CPU.
@@ -268,18 +271,22 @@ SOURCE_FIELDS = {
 
 # ── Network ─────────────────────────────────────────────────────────────────────────────────────────────────
 class TagNet(nn.Module):
-    """Classifier for CAM (§3.1).   forward(image (B,3,H,W)) -> tag scores (B,K);  scores: (B,K,h,w)   [D2]"""
+    """Classifier for CAM (§3.1).   forward(image (B,3,H,W)) -> tag scores (B,K);  scores: (B,K,h,w)   [D2]
 
-    def __init__(self, backbone, classes):
+    share: of the cells whose scores, the largest of each class, are averaged; 1 = global average pooling
+    """
+
+    def __init__(self, backbone, classes, share=1.0):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.share = backbone, share
         self.linear = nn.Conv2d(backbone.channels[-1], classes, 1)
 
     def scores(self, image):
         return self.linear(self.backbone(image)[-1]).float()
 
     def forward(self, image):
-        return self.scores(image).mean((2, 3))                  # the mean of scores is the score of the mean
+        scores = self.scores(image).flatten(2)
+        return scores.topk(max(1, round(self.share * scores.shape[2])), dim=2).values.mean(2)
 
 
 def make_pspnet(args, weights, classes):
@@ -616,7 +623,7 @@ def train_classifier(args, run, train_set, encoder):
     run.reseed("classifier")
     backbone = make_backbone(args.cam_backbone, weights_of(args.cam_backbone, args.weights), args.cam_stride,
                              pretrained(args.cam_backbone, args.weights))
-    net = TagNet(backbone, len(train_set.classes))
+    net = TagNet(backbone, len(train_set.classes), args.cam_pool)
     if encoder is not None: go_on_from(net, encoder)
     ddp = run.place(net).train()
     optim = torch.optim.Adam(net.parameters(), lr=args.cam_lr)
