@@ -9,6 +9,7 @@ pictures are the first of their lists, not chosen by eye: runs on the same data 
 scl.py shows the episodes of its panels/test.png. A method without a run is left out and named.
 """
 
+import colorsys
 import sys
 import types
 from pathlib import Path
@@ -16,19 +17,20 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import UserError, atomic, overlay, read_json, voc_palette
-from data import chosen_classes, load, read_image, read_label, select
+from common import UserError, atomic, read_json
+from data import DataError, chosen_classes, load, read_image, read_label, select
 
-TITLES = {"a2gnn": "A²GNN", "rrm": "RRM", "irnet": "IRNet", "cian": "CIAN", "dfr": "DFR", "lpg": "LPG",
+TITLES = {"a2gnn": "A2GNN", "rrm": "RRM", "irnet": "IRNet", "cian": "CIAN", "dfr": "DFR", "lpg": "LPG",
           "scl": "SCL", "selftrain_workpiece": "Self-training"}
 WORDS = {"image": "image tags", "point": "points", "scribble": "scribbles", "box": "boxes", "full": "masks",
          "semi": "boxes, some masks"}
 BESIDE = {"lpg": " + masks of other classes", "selftrain_workpiece": " + rendered pictures",
-          "cian": " of picture pairs", "scl": " of other classes"}
+          "cian": " of picture pairs", "scl": " of other classes, one example"}
 LABELS = "pseudo pseudo_3 pseudo_2 pseudo_1 seeds initial".split()      # the last that a method makes, first
 PREDICTIONS = "val_two_step_crf val_crf val_3 val".split()
 GAP, STRIP, MARGIN, INK, GREY = 4, 40, 12, (20, 20, 20), (110, 110, 110)
@@ -49,15 +51,27 @@ class Block(NamedTuple):
 
 # ── One cell ────────────────────────────────────────────────────────────────────────────────────────────────
 def fit(image, cell):
-    """(H,W,3) uint8 -> PIL picture of cell x cell pixels, white around it; with the scale and the corner."""
-    height, width = image.shape[:2]
-    scale = cell / max(height, width)
-    small = Image.fromarray(image).resize((max(1, round(width * scale)), max(1, round(height * scale))),
-                                          Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
-    corner = (cell - small.width) // 2, (cell - small.height) // 2
-    square = Image.new("RGB", (cell, cell), "white")
-    square.paste(small, corner)
-    return square, scale, corner
+    """The middle square of a picture, cell x cell pixels.   (H,W,3) uint8 -> PIL picture"""
+    side, (height, width) = min(image.shape[:2]), image.shape[:2]
+    left, top = (width - side) / 2, (height - side) / 2
+    return Image.fromarray(image).resize((cell, cell), Image.Resampling.BICUBIC,
+                                         (left, top, left + side, top + side))
+
+
+def colours():
+    """(256,3) uint8, bright and unlike their neighbours: VOC's are dark for pictures as small as these."""
+    hues = [colorsys.hsv_to_rgb(0.61803 * k % 1, 0.9 if k % 2 else 0.7, 1.0) for k in range(256)]
+    return np.vstack([[[0, 0, 0]], np.round(255 * np.array(hues[1:255])), [[225, 225, 225]]]).astype(np.uint8)
+
+
+def painted(image, label):
+    """The picture under its labels, with their edges; 255 (no label) is light.   -> (H,W,3) uint8"""
+    colour, label = colours()[label], np.asarray(label)
+    weight = 0.55 * (label != 0)[..., None]
+    found = weight * colour + (1 - weight) * image
+    inner = ndimage.grey_erosion(label, 3) != ndimage.grey_dilation(label, 3)
+    found[inner & (label != 0) & (label != 255)] = colour[inner & (label != 0) & (label != 255)]
+    return np.round(found).astype(np.uint8)
 
 
 def font(size):
@@ -66,27 +80,25 @@ def font(size):
 
 def weak_cell(sample, supervision, classes, cell):
     """The training picture with what training may see of it: tags, clicks, strokes, boxes or masks."""
-    colours, image = [tuple(map(int, c)) for c in voc_palette()], sample.image
+    colour, image = [tuple(map(int, c)) for c in colours()], sample.image
     if supervision == "full":
-        image = overlay(image, sample.mask)
+        image = painted(image, sample.mask)
     if supervision == "scribble":
-        drawn = sample.scribble != 255
-        image = np.where(drawn[..., None], voc_palette()[sample.scribble], image)
-    square, scale, (left, top) = fit(image, cell)
-    draw = ImageDraw.Draw(square)
-    for k, x0, y0, x1, y1 in sample.boxes.tolist() if supervision in ("box", "semi") else ():
-        edges = (left + x0 * scale, top + y0 * scale, left + x1 * scale - 1, top + y1 * scale - 1)
-        draw.rectangle(edges, outline="white", width=3)
-        draw.rectangle(edges, outline=colours[int(k)], width=2)
-    for k, x, y in sample.points.tolist() if supervision == "point" else ():
-        x, y = left + x * scale, top + y * scale
-        draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colours[int(k)], outline="white")
-    if supervision == "image":
-        tags = [(name, colours[k]) for k, name in enumerate(classes, 1) if sample.tags[k - 1]]
-        for i, (name, colour) in enumerate(reversed(tags)):
-            y = cell - 14 * (i + 1)
-            draw.rectangle((0, y, draw.textlength(name, font(11)) + 6, y + 13), fill=colour)
-            draw.text((3, y), name, fill="white", font=font(11))
+        image = np.where((sample.scribble != 255)[..., None], colours()[sample.scribble], image)
+    square, (height, width) = fit(image, cell), image.shape[:2]
+    draw, scale = ImageDraw.Draw(square), cell / min(height, width)
+    at = np.array([width - min(height, width), height - min(height, width)]) / 2
+    for k, *corners in sample.boxes.tolist() if supervision in ("box", "semi") else ():
+        x0, y0, x1, y1 = (scale * (np.reshape(corners, (2, 2)) - at)).ravel()
+        draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline="black", width=3)
+        draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour[int(k)], width=2)
+    for k, *point in sample.points.tolist() if supervision == "point" else ():
+        x, y = scale * (point - at)
+        draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour[int(k)], outline="black")
+    for i, k in enumerate(np.flatnonzero(sample.tags)[::-1] if supervision == "image" else ()):
+        name, y = classes[k], cell - 14 * (i + 1)
+        draw.rectangle((0, y, draw.textlength(name, font(11)) + 6, y + 13), fill=colour[k + 1])
+        draw.text((3, y), name, fill="black", font=font(11))
     return square
 
 
@@ -138,11 +150,11 @@ def segmentation_block(run, method, args, stages, first, lines, cell):
     for (seen, label), (shown, prediction) in zip(train, val):
         maps = [("its labels", label), ("ground truth", getattr(seen, "mask", None))]
         cells = [weak_cell(seen, args.supervision, classes, cell)]
-        cells += [fit(overlay(seen.image, map), cell)[0] for _, map in maps if map is not None]
+        cells += [fit(painted(seen.image, map), cell) for _, map in maps if map is not None]
         captions = ["training", *(caption for caption, map in maps if map is not None)]
-        right = [shown.image, *(overlay(shown.image, map) for map in (prediction, shown.mask))]
+        right = [shown.image, *(painted(shown.image, map) for map in (prediction, shown.mask))]
         rows.append([Line(captions, cells), Line(["validation", "prediction", "ground truth"],
-                                                 [fit(image, cell)[0] for image in right])])
+                                                 [fit(image, cell) for image in right])])
     score = stages.get(predicted, {}).get("miou")
     return Block(title_of(method, args), "" if score is None else f"val mIoU {score:.1f}", rows)
 
@@ -160,16 +172,17 @@ def sheet_rows(path, height=160, gap=4, head=20):
 
 
 def few_shot_block(run, args, stages, first, lines, cell):
-    """Episodes: the support with its mask, query, prediction of one shot, ground truth."""
+    """Episodes: the support with its mask, query, predictions of one shot and of the most, ground truth."""
     rows = sheet_rows(run / "panels" / "test.png") if (run / "panels" / "test.png").is_file() else []
     if len(rows) < first + lines:
         raise UserError(f"{run}/panels/test.png has {len(rows)} episodes, fewer than --first {first} and "
                         f"--lines {lines} need")
-    captions = ["support", "query", "prediction", "ground truth"]
+    captions = ["query", "1 shot", f"{max(args.shots)} shots", "ground truth"]
     blocks = []
-    for support, query, one_shot, *_, truth in rows[first:first + lines]:
-        cells = [fit(np.ascontiguousarray(image), cell)[0] for image in (support, query, one_shot, truth)]
-        blocks.append([Line(captions[:1], cells[:1]), Line(captions[1:], cells[1:])])
+    for support, query, one, *more, truth in rows[first:first + lines]:
+        cells = [fit(np.ascontiguousarray(image), cell) for image in (query, one, *more[-1:], truth)]
+        blocks.append([Line(["one example"], [fit(np.ascontiguousarray(support), cell)]),
+                       Line(captions if more else captions[:2] + captions[3:], cells)])
     score = stages.get("test_1shot", {}).get("miou")
     return Block(title_of("scl", args), "" if score is None else f"unseen classes, 1 shot: mIoU {score:.1f}",
                  blocks)
@@ -196,7 +209,7 @@ def draw_block(block, cell):
 
 
 def front_page(runs: tuple[str, ...], /, to: str, first: int = 0, lines: int = 2, cell: int = 96,
-               columns: int = 2, quality: int = 88) -> None:
+               columns: int = 2, quality: int = 80) -> None:
     """One page of all methods' pictures.
 
     Args:
@@ -235,7 +248,7 @@ def main():
 
     try:
         tyro.cli(front_page, description=__doc__)
-    except ValueError as error:                     # data.py's DataError: one sentence
+    except DataError as error:
         raise UserError(error) from None
 
 
