@@ -1,7 +1,7 @@
 """Draws one page of pictures from finished runs, one block a method; nothing imports this file.
 
-    python benchmarks/front_page.py --to docs/front_page.jpg runs/a2gnn-shapes-box-s0 runs/rrm-shapes-image-s0 …
-    python benchmarks/front_page.py --to page.jpg --first 8 --lines 3 runs/irnet-voc-image-s0    # other pictures
+    python benchmarks/front_page.py --to docs/front_page.jpg runs/a2gnn-shapes-box-s0 runs/dfr-shapes-scribble-s0
+    python benchmarks/front_page.py --to page.png --first 8 --lines 3 runs/irnet-voc-image-s0    # others
 
 A block shows what the run folder holds: a training picture with the labels that its supervision reveals and
 the label map that the method made of them, then a validation picture with prediction and ground truth. The
@@ -19,9 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError, atomic, read_json
 from data import DataError, chosen_classes, load, read_image, read_label, select
 
@@ -30,7 +28,7 @@ TITLES = {"a2gnn": "A2GNN", "rrm": "RRM", "irnet": "IRNet", "cian": "CIAN", "dfr
 WORDS = {"image": "image tags", "point": "points", "scribble": "scribbles", "box": "boxes", "full": "masks",
          "semi": "boxes, some masks"}
 BESIDE = {"lpg": " + masks of other classes", "selftrain_workpiece": " + rendered pictures",
-          "cian": " of picture pairs", "scl": " of other classes, one example"}
+          "scl": " of other classes, one example"}
 LABELS = "pseudo pseudo_3 pseudo_2 pseudo_1 seeds initial".split()      # the last that a method makes, first
 PREDICTIONS = "val_two_step_crf val_crf val_3 val".split()
 GAP, STRIP, MARGIN, INK, GREY = 4, 40, 12, (20, 20, 20), (110, 110, 110)
@@ -90,7 +88,6 @@ def weak_cell(sample, supervision, classes, cell):
     at = np.array([width - min(height, width), height - min(height, width)]) / 2
     for k, *corners in sample.boxes.tolist() if supervision in ("box", "semi") else ():
         x0, y0, x1, y1 = (scale * (np.reshape(corners, (2, 2)) - at)).ravel()
-        draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline="black", width=3)
         draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour[int(k)], width=2)
     for k, *point in sample.points.tolist() if supervision == "point" else ():
         x, y = scale * (point - at)
@@ -110,7 +107,7 @@ def method_of(run):
         raise UserError(f"{run} is no finished run: it needs args.json and results.json")
     words = [Path(word).stem for word in results.get("command", "").split() if word.endswith(".py")]
     if not words or words[0] not in TITLES:
-        raise UserError(f"{run}: the command in results.json, {results.get('command')!r}, names no method file")
+        raise UserError(f"{run}: its command {results.get('command')!r} (results.json) names no method file")
     return words[0], types.SimpleNamespace(**args), {row["stage"]: row for row in results.get("stages", [])}
 
 
@@ -130,12 +127,12 @@ def pictures(args, run, split, folder, first, lines):
         dataset = select(dataset, chosen_classes(args.classes, dataset.classes, "--classes"))
     names = [name for name in dataset.names if folder is None or (run / folder / f"{name}.png").is_file()]
     if len(names) < first + lines:
-        raise UserError(f"{run} has {len(names)} label maps of {split}, fewer than --first {first} and --lines "
-                        f"{lines} need")
+        raise UserError(f"{run} has {len(names)} label maps of {split}, fewer than --first {first} and "
+                        f"--lines {lines} need")
     found = []
     for name in names[first:first + lines]:
-        sample = dataset[dataset.index(name)]
-        found.append((sample, folder and read_label(run / folder / f"{name}.png", dataset.classes, sample.image)))
+        sample, file = dataset[dataset.index(name)], run / str(folder) / f"{name}.png"
+        found.append((sample, folder and read_label(file, dataset.classes, sample.image)))
     return found, dataset.classes
 
 
