@@ -1,6 +1,6 @@
 """Draws one page of pictures from finished runs, one block a method; nothing imports this file.
 
-    python benchmarks/front_page.py --to docs/front_page.jpg runs/a2gnn-shapes-box-s0 runs/dfr-shapes-scribble-s0
+    python benchmarks/front_page.py --to page.jpg runs/a2gnn-shapes-box-s0 runs/dfr-shapes-scribble-s0
     python benchmarks/front_page.py --to page.png --first 8 --lines 3 runs/irnet-voc-image-s0    # others
 
 A block shows what the run folder holds: a training picture with the labels that its supervision reveals and
