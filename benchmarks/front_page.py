@@ -4,9 +4,10 @@
     python benchmarks/front_page.py --to page.png --first 8 --lines 3 runs/irnet-voc-image-s0    # others
 
 A block shows what the run folder holds: a training picture with the labels that its supervision reveals and
-the label map that the method made of them, then a validation picture with prediction and ground truth. The
-pictures are the first of their lists, not chosen by eye: runs on the same data show the same ones. A run of
-scl.py shows the episodes of its panels/test.png. A method without a run is left out and named.
+the label map that the method made of them (light: no label), then a validation picture with prediction and
+ground truth, all cut to their middle squares. Which pictures is up to --first, so runs on the same data show
+the same ones. A run of scl.py shows the episodes of its panels/test.png. A method without a run is left out
+and named.
 """
 
 import colorsys
@@ -102,7 +103,10 @@ def weak_cell(sample, supervision, classes, cell):
 # ── One method ──────────────────────────────────────────────────────────────────────────────────────────────
 def method_of(run):
     """Which method file made a run folder, by the command in its results.json."""
-    args, results = (read_json(Path(run) / name) for name in ("args.json", "results.json"))
+    try:
+        args, results = (read_json(Path(run) / name) for name in ("args.json", "results.json"))
+    except ValueError as error:
+        raise UserError(f"{run}: args.json or results.json is broken ({error})") from None
     if not args or not results:
         raise UserError(f"{run} is no finished run: it needs args.json and results.json")
     words = [Path(word).stem for word in results.get("command", "").split() if word.endswith(".py")]

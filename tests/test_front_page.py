@@ -11,7 +11,6 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import front_page
 from common import contact_sheet, save_label
-from conftest import sh
 from data import load
 
 
@@ -36,12 +35,13 @@ def run(tmp_path):
     return folder
 
 
-def test_one_run_makes_a_page(run, tmp_path):
-    done = sh("benchmarks/front_page.py", "--to", tmp_path / "page.jpg", run)
-    left_out = done.stdout.splitlines()[0]
+def test_one_run_makes_a_page(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["front_page.py", "--to", str(tmp_path / "page.jpg"), str(run)])
+    front_page.main()
+    left_out, made = capsys.readouterr().out.splitlines()
     assert "rrm.py" in left_out and "scl.py" in left_out and "a2gnn.py" not in left_out
     page = np.array(Image.open(tmp_path / "page.jpg").convert("RGB"))
-    assert f"{page.shape[1]} x {page.shape[0]} pixels" in done.stdout
+    assert f"{page.shape[1]} x {page.shape[0]} pixels" in made
     assert page.shape[1] > 6 * 96 and page.std() > 20
 
 
@@ -85,12 +85,14 @@ def test_few_shot_pictures_come_from_the_panels(tmp_path):
 
 def test_a_folder_that_is_no_run_and_other_mistakes(run, tmp_path):
     (tmp_path / "empty").mkdir()
+    broken = fake_run(tmp_path / "broken")
+    (broken / "args.json").write_text("{")
     to, no_method = str(tmp_path / "page.png"), fake_run(tmp_path / "other", "speed")
     no_maps, no_panels = fake_run(tmp_path / "bare"), fake_run(tmp_path / "shot", "scl", "full", shots=[1])
     for runs, changes, words in (
             ([tmp_path / "empty"], {}, "is no finished run"), ([tmp_path / "gone"], {}, "is no finished run"),
-            ([no_method], {}, "names no method file"), ([no_maps], {}, "holds no predictions"),
-            ([no_panels], {}, "has 0 episodes"), ([run, run], {}, "a second run of a2gnn"),
+            ([no_method], {}, "no method file"), ([broken], {}, "is broken"),
+            ([no_maps], {}, "holds no predictions"), ([no_panels], {}, "has 0 episodes"), ([run, run], {}, "a second run of a2gnn"),
             ([], {}, "at least one"), ([run], {"lines": 0}, "at least one"),
             ([run], {"first": 1}, "fewer than")):
         with pytest.raises(SystemExit, match=words): front_page.front_page(tuple(runs), to, **changes)
