@@ -92,7 +92,8 @@ def test_a_folder_that_is_no_run_and_other_mistakes(run, tmp_path):
     for runs, changes, words in (
             ([tmp_path / "empty"], {}, "is no finished run"), ([tmp_path / "gone"], {}, "is no finished run"),
             ([no_method], {}, "no method file"), ([broken], {}, "is broken"),
-            ([no_maps], {}, "holds no predictions"), ([no_panels], {}, "has 0 episodes"), ([run, run], {}, "a second run of a2gnn"),
+            ([no_maps], {}, "holds no predictions"), ([no_panels], {}, "has 0 episodes"),
+            ([run, run], {}, "a second run of a2gnn"),
             ([], {}, "at least one"), ([run], {"lines": 0}, "at least one"),
             ([run], {"first": 1}, "fewer than")):
         with pytest.raises(SystemExit, match=words): front_page.front_page(tuple(runs), to, **changes)
