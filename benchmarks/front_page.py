@@ -22,7 +22,7 @@ from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError, atomic, read_json
-from data import DataError, chosen_classes, load, read_image, read_label, select
+from data import REVEALS, DataError, chosen_classes, load, read_image, read_label, select
 
 TITLES = {"a2gnn": "A2GNN", "rrm": "RRM", "irnet": "IRNet", "cian": "CIAN", "dfr": "DFR", "lpg": "LPG",
           "scl": "SCL", "selftrain_workpiece": "Self-training"}
@@ -126,7 +126,9 @@ def first_of(run, folders):
 
 def pictures(args, run, split, folder, first, lines):
     """[(sample with everything that is known, label map of the run)] of the first pictures that it has."""
-    dataset = load(args, split, masks=True)
+    revealed = "box" if args.supervision == "semi" else args.supervision
+    args = types.SimpleNamespace(**{**vars(args), "supervision": revealed})
+    dataset = load(args, split, masks=True, fields=("mask", *REVEALS[revealed]))
     if getattr(args, "classes", ""):
         dataset = select(dataset, chosen_classes(args.classes, dataset.classes, "--classes"))
     names = [name for name in dataset.names if folder is None or (run / folder / f"{name}.png").is_file()]

@@ -45,7 +45,7 @@ def test_one_run_makes_a_page(run, tmp_path, monkeypatch, capsys):
     assert page.shape[1] > 6 * 96 and page.std() > 20
 
 
-@pytest.mark.parametrize("supervision", ["image", "point", "scribble", "box", "full"])
+@pytest.mark.parametrize("supervision", ["image", "point", "scribble", "box", "semi", "full"])
 def test_labels_that_are_the_truth_look_like_it(run, supervision):
     args = front_page.method_of(run)[1]
     args.supervision = supervision
