@@ -25,8 +25,8 @@ Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (
              [D2] classifier: only "classification network, CAM" is known. Here the segmentation network's
                   backbone with one linear layer, Adam, colour jitter; the whole picture, to lose no tag.
                   Preset solids, from nothing: a backbone that first learns to segment the rendered parts,
-                  on random grounds and in random light, stands for ImageNet's weights in all networks; the
-                  classifier goes on from its linear layer too, and also sees the rendered pictures' tags
+                  on random grounds and in random light, stands for ImageNet's weights in all networks, its
+                  batch norm kept; the classifier goes on from its linear layer too
              [D3] the rest of an initial mask is background (--initial-rest), with the lowest weight of the
                   literal distance transform, sigmoid(0): seeds alone never teach background. Where the CAM
                   misses a part of the tags, the rest of that picture stays without label
@@ -150,13 +150,8 @@ class Args:
     """the longer side is drawn from this range"""
     cam_crop: int = 640
     """pixels; not below the range, so that no part is cut off"""
-    cam_rendered: bool = False
-    """the classifier also sees the rendered pictures' tags [D2]"""
     cam_jitter: float = 0.3
     """brightness, contrast and saturation [D2]"""
-    cam_pool: float = 1.0
-    """a tag's score is the mean over this share of the cells, those with the largest scores; 1 = all, as
-    CAM's paper, in which small parts drown"""
     cam_scales: tuple[float, ...] = (1.0,)
     """scales of the CAM, each with its mirror image"""
     cam_decay: float = 0.99
@@ -234,7 +229,7 @@ class Args:
 # What two CPU cores do in ten minutes; everything else as the paper. Also `--preset shapes`, for a folder.
 SOLIDS = dict(
     backbone="tiny", weights="none", cam_stride=8, cam_steps=600, cam_batch=8, cam_lr=5e-4,
-    cam_pool=0.05, enc_steps=2000, cam_share=0.05, cam_resize=(144, 160), cam_crop=160,
+    enc_steps=2000, cam_share=0.05, cam_resize=(144, 160), cam_crop=160,
     superpixels=500, edge_width=3, seg_lr=2e-3, seg_stride=4, seg_steps=400, source_steps=1200, rounds=3,
     seg_crop=96, seg_rescale=(0.8, 1.25))
 # Real surfaces of one part, a few dozen to a few hundred photographs, a small pretrained backbone on a CPU.
@@ -252,7 +247,7 @@ SCENES = dict(
 FIELDS = {stage: names.split() for stage, names in {
     "encoder": "data root seed amp weights backbone cam_backbone cam_stride cam_jitter enc_steps enc_batch "
                "enc_lr enc_ground seg_crop seg_rescale rendered_root power",
-    "classifier": "train_list background cam_batch cam_lr cam_steps cam_resize cam_crop cam_rendered",
+    "classifier": "train_list background cam_batch cam_lr cam_steps cam_resize cam_crop",
     "initial": "supervision initial cam_scales cam_decay cam_share superpixels compactness initial_rest",
     "segmenter_1": "rendered source_only spatial source_weight target_weight edge_width "
                    "optimizer seg_lr momentum weight_decay seg_stride seg_steps source_steps seg_batch "
@@ -271,22 +266,18 @@ SOURCE_FIELDS = {
 
 # ── Network ─────────────────────────────────────────────────────────────────────────────────────────────────
 class TagNet(nn.Module):
-    """Classifier for CAM (§3.1).   forward(image (B,3,H,W)) -> tag scores (B,K);  scores: (B,K,h,w)   [D2]
+    """Classifier for CAM (§3.1).   forward(image (B,3,H,W)) -> tag scores (B,K);  scores: (B,K,h,w)   [D2]"""
 
-    share: of the cells whose scores, the largest of each class, are averaged; 1 = global average pooling
-    """
-
-    def __init__(self, backbone, classes, share=1.0):
+    def __init__(self, backbone, classes):
         super().__init__()
-        self.backbone, self.share = backbone, share
+        self.backbone = backbone
         self.linear = nn.Conv2d(backbone.channels[-1], classes, 1)
 
     def scores(self, image):
         return self.linear(self.backbone(image)[-1]).float()
 
     def forward(self, image):
-        scores = self.scores(image).flatten(2)
-        return scores.topk(max(1, round(self.share * scores.shape[2])), dim=2).values.mean(2)
+        return self.scores(image).mean((2, 3))                  # the mean of scores is the score of the mean
 
 
 def make_pspnet(args, weights, classes):
@@ -604,12 +595,17 @@ def train_encoder(args, run, classes):
     return net
 
 
-@torch.no_grad()
-def go_on_from(net, encoder):
-    """TagNet takes over the encoder; its score of a part is the part's minus the background's.   [D2]"""
+def start_from(encoder, net):
+    """The encoder's backbone for `net`, its batch norm kept as it is, as that of ImageNet's weights.   [D2]
+
+    A classifier also takes over the linear layer: a part's score is the part's minus the background's.
+    """
     net.backbone.load_state_dict(encoder.backbone.state_dict())
-    for mine, its in zip(net.linear.parameters(), encoder.head.parameters()):
-        mine.copy_(its[1:] - its[:1])
+    net.backbone.freeze()
+    if isinstance(net, TagNet):
+        with torch.no_grad():
+            for mine, its in zip(net.linear.parameters(), encoder.head.parameters()):
+                mine.copy_(its[1:] - its[:1])
 
 
 def train_classifier(args, run, train_set, encoder):
@@ -623,13 +619,10 @@ def train_classifier(args, run, train_set, encoder):
     run.reseed("classifier")
     backbone = make_backbone(args.cam_backbone, weights_of(args.cam_backbone, args.weights), args.cam_stride,
                              pretrained(args.cam_backbone, args.weights))
-    net = TagNet(backbone, len(train_set.classes), args.cam_pool)
-    if encoder is not None: go_on_from(net, encoder)
+    net = TagNet(backbone, len(train_set.classes))
+    if encoder is not None: start_from(encoder, net)
     ddp = run.place(net).train()
     optim = torch.optim.Adam(net.parameters(), lr=args.cam_lr)
-    if args.cam_rendered:
-        rendered = load_rendered(args, train_set.classes)
-        train_set = torch.utils.data.ConcatDataset([train_set, rendered])
     draws, schedule = Draws(train_set, augment, args.seed), poly(args.cam_steps, args.power)
     for step, batch in run.steps("classifier", draws, args.cam_steps, args.cam_batch, net, optim, schedule):
         with run.autocast():
@@ -696,7 +689,7 @@ def train_round(args, run, stage, steps, number, real, rendered, encoder, net=No
             for dataset in (real, rendered) if dataset is not None]
     if net is None:
         net = make_pspnet(args, args.weights, len(sets[0][0].classes))
-        if encoder is not None: net.backbone.load_state_dict(encoder.backbone.state_dict())
+        if encoder is not None: start_from(encoder, net)
     ddp = run.place(net).train()
     values = dict(lr=args.seg_lr, weight_decay=args.weight_decay)
     optim = (torch.optim.Adam(net.parameters(), **values) if args.optimizer == "adam" else

@@ -344,10 +344,11 @@ def test_the_classifier_starts_from_the_encoder():
     backbone = sw.make_backbone("tiny", "none", 8, False)
     encoder = sw.DeepLab(backbone, torch.nn.Conv2d(backbone.channels[-1], 9, 1)).eval()
     net = sw.TagNet(sw.make_backbone("tiny", "none", 8, False), 8).eval()
-    sw.go_on_from(net, encoder)
+    sw.start_from(encoder, net)
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad(): scores = encoder(image)
     assert torch.allclose(net.scores(image), scores[:, 1:] - scores[:, :1], atol=1e-5)
+    assert not any(norm.training for norm in net.train().backbone.norms()), "batch norm must stay"
 
 
 def test_the_joint_loss_falls():
