@@ -63,8 +63,8 @@ from tqdm import tqdm
 
 from common import (
     Backbone, ConfusionMatrix, Run, UserError, contact_sheet, imagenet_weights, load_exactly, make_backbone,
-    overlay, parse_args, poly, rank, read_state, reduce, save_image, save_label, shard, start_processes,
-    world)
+    overlay, parse_args, poly, rank, read_checkpoint, read_state, reduce, save_image, save_label, shard,
+    start_processes, world)
 from data import PICTURES, Draws, Sample, changed, crop, flip, load, normalise, read_image, read_label, resize
 
 
@@ -716,8 +716,8 @@ def predict_folder(args):
     """
     if not Path(args.checkpoint).is_file():
         raise UserError(f"--predict needs --checkpoint runs/…/segmenter.pt; {args.checkpoint!r} is no file")
-    state, source = read_state(args.checkpoint), Path(args.predict)
-    if "classify.weight" not in state.get("model", {}):
+    state, source = read_checkpoint(args.checkpoint, Args), Path(args.predict)
+    if "classify.weight" not in state["model"]:
         raise UserError(f"--checkpoint {args.checkpoint} is not the segmenter.pt of a run")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
