@@ -7,9 +7,9 @@
 kills: one tiny run a file (scenes of shapes or solids exported as files, a few steps a stage), undisturbed;
 then the same command in another folder, killed with SIGKILL, with all its processes, at seeded random moments
 and continued each time. At its end the folder must equal the undisturbed one: the numbers of results.json
-(without times and memory), all PNG and .npz files byte by byte, and the weights in all checkpoints. A folder
-that ends before it was killed often enough is compared, and another one begun. The killed processes are
-forked from one that has imported torch and the file: no kill is spent on the seconds of an import.
+(without times and memory), all PNG and .npz files byte by byte, and what the checkpoints hold (weights, optimiser,
+random state) bit for bit. A folder that ends before it was killed often enough is compared, and another one
+begun. The killed processes are forked from one that has imported the libraries: no kill is spent on imports.
 
 inputs: see robustness_inputs.py. Both write benchmarks/results/robustness_<command>.json.
 """
@@ -126,9 +126,14 @@ def numbers(out):
     return [{key: value for key, value in stage.items() if not moving.search(key)} for stage in stages]
 
 
-def weights(file):
+def equal(a, b):
+    """Two checkpoints' contents, or parts of them, bit for bit; the arguments (where they lie) may differ."""
     import torch
-    return torch.load(file, map_location="cpu", weights_only=True)["model"]
+    if torch.is_tensor(a): return torch.is_tensor(b) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a if key != "args")
+    if isinstance(a, list): return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
 
 
 def differences(one, two):
@@ -141,8 +146,7 @@ def differences(one, two):
         for name in files[0].keys() & files[1].keys():
             a, b = files[0][name], files[1][name]
             if suffix == ".pt":
-                a, b = weights(a), weights(b)
-                same = a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+                same = equal(*(torch.load(file, map_location="cpu", weights_only=True) for file in (a, b)))
             else:
                 same = a.read_bytes() == b.read_bytes()
             if not same: found.append(str(name))
@@ -176,7 +180,8 @@ def kill_often(method, times, seed):
 def kills(methods, times, seed):
     file = RESULTS / "robustness_kills.json"
     table = json.loads(file.read_text()) if file.exists() else {}
-    for method in methods: importlib.import_module(method)
+    libraries = ("torch.utils.tensorboard", "tyro", "skimage.segmentation", "cv2", "pycocotools.cocoeval")
+    for name in (*libraries, *methods): importlib.import_module(name)
     make_pictures(methods)
     for method in methods:
         table[method] = kill_often(method, times, seed)
