@@ -1728,7 +1728,7 @@ def predict_folder(args):
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
+        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
     device, made = start_processes(args.device), state["args"]
     classes = len(state["model"][last[kind]]) - 1
     if kind == "instance":

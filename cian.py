@@ -838,7 +838,7 @@ def predict_folder(args):
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
+        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
     device, made = start_processes(args.device), Args(**state["args"])
     net = make_cian(made, "none", len(state["model"]["head.branches.0.weight"]) - 1)
     net.load_state_dict(state["model"])

@@ -323,8 +323,9 @@ class Run:
         theirs, mine = read_json(self.dir / "args.json"), plain_fields(args)
         differ = differing(mine, theirs, {*mine, *theirs} - NO_EFFECT) if theirs else []
         if differ:
-            raise UserError(f"{self.dir} was made with other arguments ({'; '.join(differ)}); use those, "
-                            "choose another --out, or start over with --fresh")
+            more = f"; and {len(differ) - 8} more" if len(differ) > 8 else ""
+            raise UserError(f"{self.dir} was made with other arguments ({'; '.join(differ[:8])}{more}); use "
+                            "those, choose another --out, or start over with --fresh")
         self.resumed = theirs is not None
         self.state = read_json(self.dir / "state.json", {"seconds": {}, "wrote": []})
         self.results = read_json(self.dir / "results.json", {"stages": []})
@@ -531,7 +532,8 @@ class Run:
         if not self.args.reuse or stage not in self.fields:
             return False
         theirs = read_json(Path(self.args.reuse) / "args.json")
-        if theirs is None: raise UserError(f"--reuse {self.args.reuse}: no run folder, it has no args.json")
+        if theirs is None:
+            raise UserError(f"--reuse {self.args.reuse} has no args.json; give the folder of a run")
         stages = list(self.fields)
         needed = {name for before in stages[:stages.index(stage) + 1] for name in self.fields[before]}
         differ = differing(plain_fields(self.args), theirs, needed)
@@ -769,7 +771,7 @@ def load_weights(net, name, weights):
         return
     state = imagenet_weights(name) if weights == "imagenet" else read_state(weights)
     if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
-        raise UserError(f"weights {weights}: not a state dict, tensors by name")
+        raise UserError(f"weights {weights}: not a state dict; give a file of tensors by name")
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()
              if not key.startswith(("fc.", "classifier."))}
     load_exactly(net, state, weights, ("fc.", "classifier."))
@@ -785,7 +787,8 @@ def load_exactly(net, state, source, ignored=()):
                 for key in own if key in state and state[key].shape != own[key].shape)]
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise UserError(f"weights {source} do not fit this backbone: {', '.join(faults[:5])}{more}")
+        raise UserError(f"weights {source} do not fit this backbone: {', '.join(faults[:5])}{more}; "
+                        "choose another --backbone or other weights")
     net.load_state_dict(state, strict=False)
 
 
@@ -796,7 +799,7 @@ def read_state(file):
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:                                  # torch raises many kinds for a broken file
-        why = str(error).splitlines()[0]
+        why = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"weights {file} can not be read as a state dict ({why}); take the file again, or "
                         "delete it if a run wrote it: the run makes it anew") from None
 
@@ -965,7 +968,8 @@ def read_mxnet(file):
         names = [take(f"{take('Q')}s").decode() for _ in range(take("Q"))]
         return dict(zip(names, arrays, strict=True))
     except (ValueError, IndexError, struct.error) as error:
-        raise UserError(f"weights {file}: not an MXNet parameter file, or cut short ({error})") from None
+        raise UserError(f"weights {file}: not an MXNet parameter file, or cut short ({error}); take it "
+                        "again") from None
 
 
 # ── Heads ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -513,6 +513,7 @@ def locate(rows, columns, classes, size, path):
         out = out.reshape(len(rows), columns)
     x, y, x1, y1 = out[:, [1, 2, -2, -1]].T
     off = (x < -1) | (y < -1) | (x1 > width + 1) | (y1 > height + 1)    # old VOC files may be off by one
+    off |= ~np.isfinite(out).all(axis=1)
     if columns == 5: off |= (x >= x1) | (y >= y1)
     if off.any():
         name, *at = rows[off.argmax()]

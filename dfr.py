@@ -270,7 +270,7 @@ def load_swin(net, name, weights):
     state = imagenet_weights(name) if weights == "imagenet" else read_state(weights)
     state = state.get("model", state) if isinstance(state, dict) else {}
     if not state or not all(map(torch.is_tensor, state.values())):
-        raise UserError(f"weights {weights}: not a state dict, tensors by name")
+        raise UserError(f"weights {weights}: not a state dict; give a file of tensors by name")
     outside = ("head.", "norm.")
     state = {swin_key(key): value for key, value in state.items()
              if not key.startswith(outside) and not key.endswith("attn_mask")}
@@ -722,7 +722,7 @@ def predict_folder(args):
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
+        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
     device, made = start_processes(args.device), Args(**state["args"])
     net = make_dfr(made, "none", len(state["model"]["classify.weight"]) - 1)
     net.load_state_dict(state["model"])

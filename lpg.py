@@ -763,7 +763,7 @@ def predict_folder(args):
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
+        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
     device, made = start_processes(args.device), state["args"]
     net = make_deeplab(made["backbone"], "none", made["seg_stride"], made["large_fov"], made["seg_rates"],
                        len(state["model"][last]) - 1)

@@ -948,7 +948,7 @@ def predict_folder(args):
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
+        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
     folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
     if rank() == 0:
         print(f"{len(files)} picture(s) -> {folder}")

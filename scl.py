@@ -1019,7 +1019,7 @@ def predict_folder(args):
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
+        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
     device, made = start_processes(args.device), Args(**state["args"])
     made.shots, made.fuse, made.cgm_score = (len(args.support_images),), args.fuse[-1:], args.cgm_score
     net = make_scl(made, "none")

@@ -7,9 +7,10 @@
 kills: one tiny run a file (scenes of shapes or solids exported as files, a few steps a stage), undisturbed;
 then the same command in another folder, killed with SIGKILL, with all its processes, at seeded random moments
 and continued each time. At its end the folder must equal the undisturbed one: the numbers of results.json
-(without times and memory), all PNG and .npz files byte by byte, and what the checkpoints hold (weights, optimiser,
-random state) bit for bit. A folder that ends before it was killed often enough is compared, and another one
-begun. The killed processes are forked from one that has imported the libraries: no kill is spent on imports.
+(without times and memory), all PNG and .npz files byte by byte, and what the checkpoints hold (weights,
+optimiser, random state) bit for bit. A folder that ends before it was killed often enough is compared, and
+another one begun. The killed processes are forked from one that has imported the libraries, so that no kill
+is spent on an import.
 
 inputs: see robustness_inputs.py. Both write benchmarks/results/robustness_<command>.json.
 """
@@ -90,7 +91,7 @@ def start(method, out):
     pid = os.fork()
     if pid: return pid
     os.setsid()
-    log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2): os.dup2(log, stream)
     sys.argv, status = command(method, out), 1
     try:
