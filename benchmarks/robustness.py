@@ -89,8 +89,8 @@ def start(method, out):
     module = importlib.import_module(method)
     out.parent.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
+    with contextlib.suppress(PermissionError): os.setpgid(pid, pid)     # both do it: no kill may come before
     if pid: return pid
-    os.setsid()
     log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2): os.dup2(log, stream)
     sys.argv, status = command(method, out), 1

@@ -1,5 +1,6 @@
 """The corpus of bad inputs: each ends with one clear message, no traceback, and nothing half-written."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_the_pickle_would_do_harm(tmp_path):
 
 def test_the_unspoilt_inputs_are_accepted(tmp_path):
     for layout in corpus.layouts(): corpus.read_everything(layout)(corpus.master(layout))
-    assert corpus.ending(cian("--seg-steps", 3, "--rounds", 1, "--crf", "none"), tmp_path)[0] == 0
+    assert corpus.ending(cian("--supervision", "full", "--seg-steps", 2, "--crf", "none"), tmp_path)[0] == 0
 
 
 def test_two_folders_are_compared_bit_by_bit(tmp_path):
@@ -81,8 +82,9 @@ def test_a_kill_hits_only_what_runs():
     for seconds, hit in ((60, True), (0, False)):
         pid = os.fork()
         if not pid:
-            os.setsid()
+            os.setpgid(0, 0)
             os.execvp("sleep", ["sleep", str(seconds)])
+        with contextlib.suppress(PermissionError): os.setpgid(pid, pid)
         if not hit: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         assert robustness.kill(pid) == hit
 
