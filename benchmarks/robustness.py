@@ -89,7 +89,7 @@ def start(method, out):
     module = importlib.import_module(method)
     out.parent.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
-    with contextlib.suppress(PermissionError): os.setpgid(pid, pid)     # both do it: no kill may come before
+    with contextlib.suppress(OSError): os.setpgid(pid, pid)             # both do it: no kill may come before
     if pid: return pid
     log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2): os.dup2(log, stream)
@@ -202,7 +202,7 @@ def write(file, value):
 
 def main():
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(prog=sys.argv[0], description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
     killing = commands.add_parser("kills")
     killing.add_argument("--files", nargs="+", default=list(TINY), choices=list(TINY))

@@ -314,9 +314,10 @@ def flag_cases():
     lines = ["--no-such-flag 1", "--seed many", "--seed -1", "--seg-steps 2.5", "--seg-steps -4",
              "--seg-batch 0", "--seg-batch 3", "--cam-batch -2", "--seg-crop 0", "--log-every 0",
              "--save-every 0", "--workers -1", "--data imagenet", "--supervision boxes", "--device tpu",
-             "--device cuda:99", "--preset large", "--backbone alexnet", "--crf best", "--weights {place}/none.pt", "--weights imagenet",
-             "--references 0", "--warmup 99", "--strong-ratio 2", "--saliency {place}/none",
-             "--root {place}/none", "--train-list {place}/none.txt", "--backbone tiny --seg-stride 3", "--out"]
+             "--device cuda:99", "--preset large", "--backbone alexnet", "--crf best", "--weights {place}/none.pt",
+             "--weights imagenet", "--references 0", "--warmup 99", "--strong-ratio 2", "--root {place}/none",
+             "--saliency {place}/none", "--train-list {place}/none.txt", "--backbone tiny --seg-stride 3",
+             "--out"]
     for line in lines:
         flag = line.split()[-2] if len(line.split()) > 1 else line
         names = {"--weights": "weights|tiny", "--root": "none", "--train-list": "none.txt",
@@ -385,8 +386,8 @@ def checkpoint_cases():
     yield Case("checkpoints", "--weights: other keys", save({"w": torch.zeros(2)}), cian(*weights), "x.pt")
     shapes = {"conv1.weight": torch.zeros(2)}
     yield Case("checkpoints", "--weights: other shapes", save(shapes), cian(*weights), "x.pt")
-    yield Case("checkpoints", "--weights: broken MXNet file", lambda p: (p / "x.params").write_bytes(bytes(99)),
-               lambda p: common.read_mxnet(p / "x.params"), "x.params")
+    yield Case("checkpoints", "--weights: broken MXNet file",
+               lambda p: (p / "x.params").write_bytes(bytes(99)), lambda p: common.read_mxnet(p / "x.params"), "x.params")
     keys = ("head.branches.0.weight", "head.4.weight", "classify.weight", "affinity.phi_q.weight",
             "reduce_query.0.weight", "classification.classifier.weight")
     for i, method in enumerate(METHODS):
@@ -543,7 +544,8 @@ def answer(case, place):
               *(["no remedy"] * (not REMEDY.search(plain))),
               *(["more than a line"] * (len(message.splitlines()) > 1 and not box)),
               *(["too long"] * (len(plain) > 600)), *(f"left behind: {name}" for name in new)]
-    return Answer(case, status, plain.replace(str(place), "…"), faults)
+    message = re.sub(rf"{re.escape(tempfile.gettempdir())}/robustness-[^/ ]+|{re.escape(str(place))}", "…", plain)
+    return Answer(case, status, message, faults)
 
 
 def answers(chosen=None):
