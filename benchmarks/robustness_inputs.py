@@ -129,8 +129,8 @@ def huge(file):
     import struct
     import zlib
     head = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    check = struct.pack(">I", zlib.crc32(head))
-    file.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + check)
+    chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (head, b"IDAT")]
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
 
 
 BOMB = "".join(['<!DOCTYPE a [<!ENTITY a "aaaaaaaaaa">',
@@ -314,8 +314,8 @@ def flag_cases():
     lines = ["--no-such-flag 1", "--seed many", "--seed -1", "--seg-steps 2.5", "--seg-steps -4",
              "--seg-batch 0", "--seg-batch 3", "--cam-batch -2", "--seg-crop 0", "--log-every 0",
              "--save-every 0", "--workers -1", "--data imagenet", "--supervision boxes", "--device tpu",
-             "--device cuda:99", "--preset large", "--backbone alexnet", "--crf best", "--weights {place}/none.pt",
-             "--weights imagenet", "--references 0", "--warmup 99", "--strong-ratio 2", "--root {place}/none",
+             "--device cuda:99", "--preset large", "--backbone alexnet", "--crf best",
+             "--weights {place}/none.pt", "--weights imagenet", "--references 0", "--warmup 99", "--strong-ratio 2", "--root {place}/none",
              "--saliency {place}/none", "--train-list {place}/none.txt", "--backbone tiny --seg-stride 3",
              "--out"]
     for line in lines:
@@ -387,7 +387,8 @@ def checkpoint_cases():
     shapes = {"conv1.weight": torch.zeros(2)}
     yield Case("checkpoints", "--weights: other shapes", save(shapes), cian(*weights), "x.pt")
     yield Case("checkpoints", "--weights: broken MXNet file",
-               lambda p: (p / "x.params").write_bytes(bytes(99)), lambda p: common.read_mxnet(p / "x.params"), "x.params")
+               lambda p: (p / "x.params").write_bytes(bytes(99)),
+               lambda p: common.read_mxnet(p / "x.params"), "x.params")
     keys = ("head.branches.0.weight", "head.4.weight", "classify.weight", "affinity.phi_q.weight",
             "reduce_query.0.weight", "classification.classifier.weight")
     for i, method in enumerate(METHODS):
@@ -544,7 +545,8 @@ def answer(case, place):
               *(["no remedy"] * (not REMEDY.search(plain))),
               *(["more than a line"] * (len(message.splitlines()) > 1 and not box)),
               *(["too long"] * (len(plain) > 600)), *(f"left behind: {name}" for name in new)]
-    message = re.sub(rf"{re.escape(tempfile.gettempdir())}/robustness-[^/ ]+|{re.escape(str(place))}", "…", plain)
+    masters = rf"{re.escape(tempfile.gettempdir())}/robustness-[^/ ]+"
+    message = re.sub(rf"{masters}|{re.escape(str(place))}", "…", plain)
     return Answer(case, status, message, faults)
 
 
