@@ -800,7 +800,7 @@ def read_state(file):
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:                                  # torch raises many kinds for a broken file
         why = (str(error) or type(error).__name__).splitlines()[0]
-        if "weights_only" in why:                               # torch's advice is to execute what is in there
+        if "weights_only" in why:                               # torch's advice is to execute what it holds
             why = "it is no checkpoint, or holds more than tensors and plain types; nothing was executed"
         raise UserError(f"weights {file} can not be read as a state dict ({why}); take the file again, or "
                         "delete it if a run wrote it: the run makes it anew") from None

@@ -3,13 +3,9 @@
     dataset = load(args, "train")              # reads args.data, args.root, args.train_list, args.supervision
     sample = dataset[0]                        # name, image, tags, and what the supervision reveals
 
-Data sets    shapes (drawn on the fly, no files) · voc (PASCAL VOC 2012, SBD, ScribbleSup, what's-the-point)
-             coco · context (PASCAL-Context) · workpiece (any folder of your own): each class says its layout
-             solids (machine parts, rendered and "photographed", drawn on the fly) · gta5 · cityscapes
-
-
 Data sets    shapes, shapes-aux (other classes), drawn on the fly, no files · voc (PASCAL VOC 2012, SBD,
-             ScribbleSup, what's-the-point) · coco · context (PASCAL-Context) · workpiece (any folder of your
+             ScribbleSup, what's-the-point) · coco · context (PASCAL-Context) · gta5 · cityscapes · solids
+             (machine parts, rendered and "photographed", drawn on the fly) · workpiece (any folder of your
              own): each class says its layout; select() and join() make new ones of them
 Coordinates  x to the right, y down, in pixel edges: pixel (row i, column j) is j <= x < j+1, i <= y < i+1.
              A box [class, x0, y0, x1, y1] is half open: its pixels are mask[y0:y1, x0:x1]. VOC's XML,

@@ -315,9 +315,9 @@ def flag_cases():
              "--seg-batch 0", "--seg-batch 3", "--cam-batch -2", "--seg-crop 0", "--log-every 0",
              "--save-every 0", "--workers -1", "--data imagenet", "--supervision boxes", "--device tpu",
              "--device cuda:99", "--preset large", "--backbone alexnet", "--crf best",
-             "--weights {place}/none.pt", "--weights imagenet", "--references 0", "--warmup 99", "--strong-ratio 2", "--root {place}/none",
-             "--saliency {place}/none", "--train-list {place}/none.txt", "--backbone tiny --seg-stride 3",
-             "--out"]
+             "--weights {place}/none.pt", "--weights imagenet", "--references 0", "--warmup 99",
+             "--strong-ratio 2", "--root {place}/none", "--saliency {place}/none",
+             "--train-list {place}/none.txt", "--backbone tiny --seg-stride 3", "--out"]
     for line in lines:
         flag = line.split()[-2] if len(line.split()) > 1 else line
         names = {"--weights": "weights|tiny", "--root": "none", "--train-list": "none.txt",
