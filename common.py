@@ -813,8 +813,8 @@ def read_checkpoint(file, Args):
         raise UserError(f"--checkpoint {file} has no model and args; give a run's .pt, as segmenter.pt")
     foreign = sorted(set(state["args"]) - known)
     if foreign:
-        raise UserError(f"--checkpoint {file} is of another method or version (it has {', '.join(foreign[:3])}); "
-                        "give it to the file that wrote it")
+        raise UserError(f"--checkpoint {file} is of another method or version (it has "
+                        f"{', '.join(foreign[:3])}); give it to the file that wrote it")
     return state
 
 
