@@ -48,7 +48,8 @@ Departures   [D1] backbone: ResNet-50; the paper's ResNet-38 has weights only fo
                   class first, centres x0.5); an image without predicted background has no centre
              [D13] odd kernels centre feature cell i on pixel stride·i: the CAM is enlarged so; scores by
                   torch's bilinear
-             [D14] --supervision full: L_class and the plain mean cross-entropy on ground truth, no more
+             [D14] --supervision full: L_class and the plain mean cross-entropy on ground truth, no more; in
+                  presets at a rate of its own
              [D15] pseudo masks of the two-step extension: only classes of the image's tags (paper silent)
              [D16] CAM: negative scores are 0 (authors' code); the extra scales see the backbone in evaluation
                   mode. A crop's padding is never labelled and takes no part in energy and BCD loss
@@ -189,6 +190,8 @@ class Args:
     joint_momentum: float = 0.0
     """the paper names none, authors' code ran without [D10]; with 0.9 divide the rate by ten: at more than
     the paper's rate joint training spoiled the CAM that it learns from (shapes)"""
+    full_lr: float = 0.0
+    """instead of joint_lr with --supervision full, which has no CAM that a larger rate could spoil; 0 = it"""
     heads_x10: bool = False
     """AAAI version: the segmentation branch learns x10 too [D9]"""
     weight_decay: float = 5e-4
@@ -245,7 +248,8 @@ SHAPES = dict(
     backbone="tiny", seg_backbone="tiny", weights="none", cam_stride=8, stride=4, seg_stride=4,
     cam_steps=4000, cam_batch=8, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
     local_dilation=6, local_width=64, attention_width=32, energy_xy=30, energy_pairs=28,    # [D17]
-    joint_steps=600, joint_batch=4, joint_lr=1e-4, joint_momentum=0.9, heads_x10=True, joint_crop=96,
+    joint_steps=600, joint_batch=4, joint_lr=1e-4, full_lr=3e-3, joint_momentum=0.9, heads_x10=True,
+    joint_crop=96,
     seg_steps=4000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rates=(3, 6, 9, 12), seg_rescale=(0.75, 1.25),
     seg_scales=(0.75, 1.0, 1.25))
 # A few hundred photographs with a small pretrained backbone on two CPU cores.
@@ -253,7 +257,7 @@ PHOTOS = dict(
     seg_backbone="same", train_list="train", cam_stride=16, stride=16, seg_stride=16,
     cam_steps=330, cam_batch=8, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
     local_dilation=6, local_width=256, attention_width=128, energy_xy=80,
-    joint_steps=300, joint_lr=1e-4, joint_momentum=0.9, heads_x10=True, joint_crop=257,
+    joint_steps=300, joint_lr=1e-4, full_lr=1e-3, joint_momentum=0.9, heads_x10=True, joint_crop=257,
     seg_steps=1000, seg_batch=8, seg_lr=5e-4, seg_crop=257, seg_rates=(3, 6, 9, 12),
     seg_scales=(0.75, 1.0, 1.25))
 
@@ -263,8 +267,9 @@ FIELDS = {stage: names.split() for stage, names in {
                   "cam_momentum cam_crop cam_resize weight_decay",
     "joint": "supervision crf init cam_scales gamma gamma_high ratio fg_min bg_min crf_min confident "
              "mining_crf cam_crf branch reweight shared_backbone stride local_dilation local_width "
-             "attention_width joint_steps warmup joint_batch joint_lr joint_momentum heads_x10 joint_crop "
-             "joint_rescale energy_loss w_energy energy_pairs energy_xy energy_rgb energy_scale bcd_loss",
+             "attention_width joint_steps warmup joint_batch joint_lr full_lr joint_momentum heads_x10 "
+             "joint_crop joint_rescale energy_loss w_energy energy_pairs energy_xy energy_rgb energy_scale "
+             "bcd_loss",
     "seeds": "",
     "pseudo": "test_scales post_crf pseudo_tags",
     "segmenter": "seg_backbone seg_steps seg_batch seg_lr seg_crop seg_rescale seg_stride seg_rates",
@@ -727,7 +732,8 @@ def train_joint(args, run, classifier, train_set):
         net.classification.load_state_dict(classifier.state_dict())                     # [D11]
     ddp = run.place(net).train()
     new_layers = [net.classification.classifier, *([net.branches] if args.heads_x10 else [])]
-    optim = torch.optim.SGD(group_rates(net, new_layers, args.joint_lr, args.weight_decay), lr=args.joint_lr,
+    lr = args.full_lr if full and args.full_lr else args.joint_lr
+    optim = torch.optim.SGD(group_rates(net, new_layers, lr, args.weight_decay), lr=lr,
                             momentum=args.joint_momentum)
     draws, schedule = Draws(train_set, joint_augment(args), args.seed), poly(args.joint_steps)
     for step, batch in run.steps("joint", draws, args.joint_steps, args.joint_batch, net, optim, schedule):

@@ -24,8 +24,9 @@ Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (
                   layers; the poly schedule, stated for SGD alone, also with Adam
              [D2] classifier: only "classification network, CAM" is known. Here the segmentation network's
                   backbone with one linear layer, Adam, colour jitter; the whole picture, to lose no tag.
-                  Preset solids, from nothing: its backbone first learns to segment the rendered pictures,
-                  which stands for ImageNet's weights, and it also sees their tags, in all runs
+                  Preset solids, from nothing: a backbone that first learns to segment the rendered parts,
+                  on random grounds and in random light, stands for ImageNet's weights in all networks; the
+                  classifier goes on from its linear layer too, and also sees the rendered pictures' tags
              [D3] the rest of an initial mask is background (--initial-rest), with the lowest weight of the
                   literal distance transform, sigmoid(0): seeds alone never teach background. Where the CAM
                   misses a part of the tags, the rest of that picture stays without label
@@ -125,6 +126,15 @@ class Args:
     """solids: ground of the real pictures, cloth, wood, mat, workshop; -1 = all. Table 4: 2"""
     source_only: bool = False
     """train on rendered pictures alone and stop: what the domain gap costs"""
+    # --- encoder from nothing ---
+    enc_steps: int = 0
+    """steps in which a backbone from nothing first learns to segment rendered parts [D2]"""
+    enc_batch: int = 8
+    """images a step, over all processes"""
+    enc_lr: float = 2e-3
+    """Adam; poly"""
+    enc_ground: Literal["random", "rendered"] = "random"
+    """what the parts then lie on: random colours and textures in random light, or as they were rendered"""
     # --- 1 initial masks (§3.1, §4.2.1) ---
     initial: Literal["cam", "source"] = "cam"
     """CAM of a classifier, or predictions of a network trained on rendered pictures (§4.2.2)"""
@@ -142,8 +152,6 @@ class Args:
     """pixels; not below the range, so that no part is cut off"""
     cam_rendered: bool = False
     """the classifier also sees the rendered pictures' tags [D2]"""
-    enc_steps: int = 0
-    """steps in which the classifier's backbone first learns to segment rendered pictures [D2]"""
     cam_jitter: float = 0.3
     """brightness, contrast and saturation [D2]"""
     cam_scales: tuple[float, ...] = (1.0,)
@@ -222,8 +230,8 @@ class Args:
 
 # What two CPU cores do in ten minutes; everything else as the paper. Also `--preset shapes`, for a folder.
 SOLIDS = dict(
-    backbone="tiny", weights="none", cam_stride=8, cam_steps=1500, cam_batch=8, cam_lr=2e-3,
-    cam_rendered=True, enc_steps=1000, cam_share=0.05, cam_resize=(144, 160), cam_crop=160,
+    backbone="tiny", weights="none", cam_stride=8, cam_steps=600, cam_batch=8, cam_lr=5e-4,
+    cam_rendered=True, enc_steps=2000, cam_share=0.05, cam_resize=(144, 160), cam_crop=160,
     superpixels=500, edge_width=3, seg_lr=2e-3, seg_stride=4, seg_steps=400, source_steps=1200, rounds=3,
     seg_crop=96, seg_rescale=(0.8, 1.25))
 # Real surfaces of one part, a few dozen to a few hundred photographs, a small pretrained backbone on a CPU.
@@ -239,9 +247,9 @@ SCENES = dict(
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
-    "encoder": "data root train_list seed amp weights background backbone cam_backbone cam_stride cam_batch "
-               "cam_lr cam_jitter enc_steps seg_crop seg_rescale rendered_root power",
-    "classifier": "cam_steps cam_resize cam_crop cam_rendered",
+    "encoder": "data root seed amp weights backbone cam_backbone cam_stride cam_jitter enc_steps enc_batch "
+               "enc_lr enc_ground seg_crop seg_rescale rendered_root power",
+    "classifier": "train_list background cam_batch cam_lr cam_steps cam_resize cam_crop cam_rendered",
     "initial": "supervision initial cam_scales cam_decay cam_share superpixels compactness initial_rest",
     "segmenter_1": "rendered source_only spatial source_weight target_weight edge_width "
                    "optimizer seg_lr momentum weight_decay seg_stride seg_steps source_steps seg_batch "
@@ -251,7 +259,8 @@ FIELDS = {stage: names.split() for stage, names in {
 }.items()}
 # --initial source: the order of the stages is another one, and the initial masks depend on all of it.
 SOURCE_FIELDS = {
-    "source": [name for stage in ("encoder", "classifier", "initial", "segmenter_1")
+    "encoder": FIELDS["encoder"],
+    "source": [name for stage in ("classifier", "initial", "segmenter_1")
                for name in FIELDS[stage] if name != "source_only"],
     "initial_raw": FIELDS["round_1"], "initial": FIELDS["pseudo_1"],
     "segmenter_1": [], "round_1": [], "pseudo_1": []}
@@ -530,33 +539,74 @@ class Joint(torch.utils.data.Dataset):
 
 
 # ── Training ────────────────────────────────────────────────────────────────────────────────────────────────
-def train_encoder(args, run, backbone, rendered):
-    """A backbone from nothing learns to segment the rendered pictures, with one linear layer.   [D2]"""
+def on_random_ground(sample, rng):
+    """Rendered parts on a ground of two random colours, mixed by a cloud or by stripes, in uneven light,
+    blurred and noisy: so that a backbone from nothing learns the parts, not their clean white ground.   [D2]
+    """
+    inside = ((sample.mask > 0) & (sample.mask != 255))[..., None]
+    y, x = np.mgrid[:inside.shape[0], :inside.shape[1]] / max(inside.shape[:2]) - 0.5
+
+    def across():
+        angle = rng.uniform(0, 2 * np.pi)
+        return x * np.cos(angle) + y * np.sin(angle)
+
+    tones = rng.uniform(20, 235, (2, 3))
+    if rng.random() < 0.5: tones = tones.mean(1, keepdims=True) * 0.75 + tones * 0.25       # nearly grey
+    mix = ndimage.gaussian_filter(rng.normal(size=x.shape), rng.uniform(1, 16))
+    mix /= mix.std()
+    if rng.random() < 0.5: mix = 0.6 * mix + 1.2 * np.sin(across() * 2 * np.pi * rng.uniform(3, 24))
+    mix = (0.5 + rng.uniform(0, 0.8) * mix).clip(0, 1)[..., None]
+    part = sample.image * rng.uniform(0.4, 1.0) * (1 + rng.normal(0, 0.04) * np.array([1, 0, -1]))
+    image = np.where(inside, part, tones[0] * mix + tones[1] * (1 - mix))
+    image *= (1 + rng.uniform(0, 0.5) * across())[..., None]
+    image = ndimage.gaussian_filter(image, (*[rng.uniform(0.3, 1.1)] * 2, 0))
+    image += rng.normal(0, rng.uniform(2, 9), image.shape)
+    return changed(sample, image=image.clip(0, 255).astype(np.uint8))
+
+
+def train_encoder(args, run, classes):
+    """A backbone from nothing learns to segment the rendered pictures, with one linear layer.   [D2]
+
+    Cross-entropy, parts and background averaged separately.   -> DeepLab; None where --enc-steps is 0
+    """
     def augment(sample, rng):
         sample = rescale(Sample(image=sample.image, mask=sample.mask), rng.uniform(*args.seg_rescale))
-        sample = flip(sample) if rng.random() < 0.5 else sample
-        return normalise(crop(color_jitter(sample, rng, *[args.cam_jitter] * 3), args.seg_crop, rng))
+        sample = crop(flip(sample) if rng.random() < 0.5 else sample, args.seg_crop, rng)
+        sample = color_jitter(sample, rng, *[args.cam_jitter] * 3)
+        return normalise(on_random_ground(sample, rng) if args.enc_ground == "random" else sample)
 
+    if not args.enc_steps:
+        return None
     run.reseed("encoder")
-    net = DeepLab(backbone, nn.Conv2d(backbone.channels[-1], len(rendered.classes) + 1, 1))
+    rendered, backbone = load_rendered(args, classes), make_backbone(args.backbone, "none", args.cam_stride)
+    net = DeepLab(backbone, nn.Conv2d(backbone.channels[-1], len(classes) + 1, 1))
     ddp = run.place(net).train()
-    optim = torch.optim.Adam(net.parameters(), lr=args.cam_lr)
+    optim = torch.optim.Adam(net.parameters(), lr=args.enc_lr)
     draws, schedule = Draws(rendered, augment, args.seed), poly(args.enc_steps, args.power)
-    for step, batch in run.steps("encoder", draws, args.enc_steps, args.cam_batch, net, optim, schedule):
+    for step, batch in run.steps("encoder", draws, args.enc_steps, args.enc_batch, net, optim, schedule):
         with run.autocast():
             scores = ddp(batch.image)
         scores = resample(scores.float(), batch.mask.shape[-2:])
-        loss = F.cross_entropy(scores, batch.mask, ignore_index=255)
+        value = F.cross_entropy(scores, batch.mask, ignore_index=255, reduction="none")
+        inside = (batch.mask > 0) & (batch.mask != 255)
+        loss = masked_mean(value, inside) + masked_mean(value, batch.mask == 0)
         optim.zero_grad()
         loss.backward()
         optim.step()
-        inside = (batch.mask > 0) & (batch.mask != 255)
-        right = ((scores.argmax(1) == batch.mask) & inside).sum() / inside.sum().clamp_min(1)
-        run.log(step, loss=loss, right=right)
+        run.log(step, loss=loss, right=masked_mean((scores.argmax(1) == batch.mask).float(), inside))
+    return net
 
 
-def train_classifier(args, run, train_set):
-    """§3.1: image tags.   [D2]"""
+@torch.no_grad()
+def go_on_from(net, encoder):
+    """TagNet takes over the encoder; its score of a part is the part's minus the background's.   [D2]"""
+    net.backbone.load_state_dict(encoder.backbone.state_dict())
+    for mine, its in zip(net.linear.parameters(), encoder.head.parameters()):
+        mine.copy_(its[1:] - its[:1])
+
+
+def train_classifier(args, run, train_set, encoder):
+    """§3.1: image tags.   [D2]   encoder: of train_encoder, or None"""
     def augment(sample, rng):
         sample = Sample(image=sample.image, tags=sample.tags)
         sample = resize_long(sample, int(rng.integers(args.cam_resize[0], args.cam_resize[1] + 1)))
@@ -566,14 +616,12 @@ def train_classifier(args, run, train_set):
     run.reseed("classifier")
     backbone = make_backbone(args.cam_backbone, weights_of(args.cam_backbone, args.weights), args.cam_stride,
                              pretrained(args.cam_backbone, args.weights))
-    rendered = load_rendered(args, train_set.classes) if args.cam_rendered or args.enc_steps else None
-    if args.enc_steps:
-        train_encoder(args, run, backbone, rendered)
-        run.reseed("classifier")
     net = TagNet(backbone, len(train_set.classes))
+    if encoder is not None: go_on_from(net, encoder)
     ddp = run.place(net).train()
     optim = torch.optim.Adam(net.parameters(), lr=args.cam_lr)
     if args.cam_rendered:
+        rendered = load_rendered(args, train_set.classes)
         train_set = torch.utils.data.ConcatDataset([train_set, rendered])
     draws, schedule = Draws(train_set, augment, args.seed), poly(args.cam_steps, args.power)
     for step, batch in run.steps("classifier", draws, args.cam_steps, args.cam_batch, net, optim, schedule):
@@ -631,15 +679,17 @@ def weighting(args, rendered):
     return lambda label: target_weight(label, args.target_weight)
 
 
-def train_round(args, run, stage, steps, number, real, rendered, net=None):
+def train_round(args, run, stage, steps, number, real, rendered, encoder, net=None):
     """Top-down step (§3.3): PSPNet on real and rendered pictures, or on one set, where the other is None.
 
-    net: the round before's, which is trained on; a new one where there is none
+    net: the round before's, which is trained on; a new one where there is none, on the encoder's backbone
     """
     run.reseed(stage)
     sets = [(dataset, augment_with(args, weighting(args, dataset is rendered)))
             for dataset in (real, rendered) if dataset is not None]
-    net = make_pspnet(args, args.weights, len(sets[0][0].classes)) if net is None else net
+    if net is None:
+        net = make_pspnet(args, args.weights, len(sets[0][0].classes))
+        if encoder is not None: net.backbone.load_state_dict(encoder.backbone.state_dict())
     ddp = run.place(net).train()
     values = dict(lr=args.seg_lr, weight_decay=args.weight_decay)
     optim = (torch.optim.Adam(net.parameters(), **values) if args.optimizer == "adam" else
@@ -829,16 +879,20 @@ def check_selftrain(args):
     if not 0 < args.ratio <= 1 or not 0 < args.ratio_max <= 1 or args.ratio_step < 0:
         raise UserError("--ratio and --ratio-max: give shares above 0 and up to 1; --ratio-step: 0 or more")
     make_pspnet(args, args.weights, 1)                                                 # wrong weights: now
+    if args.enc_steps and (pretrained(args.backbone, args.weights) or args.cam_backbone != args.backbone):
+        raise UserError("--enc-steps is for --weights none and one backbone for both networks; with trained "
+                        "weights add --enc-steps 0")
 
 
-def self_train(args, run, train_set, rendered, net):
+def self_train(args, run, train_set, rendered, net, encoder):
     """Algorithm 1: rounds of top-down and bottom-up steps.   net: of --initial source -> the last network"""
     folder = labels = "initial"
     columns = ["CAM", "initial"] if args.initial == "cam" else ["initial_raw", "initial"]
     for number in range(1, args.rounds + 1):
         stage, last = f"round_{number}", number == args.rounds
         real = with_labels(train_set, pseudo=run.dir / labels)
-        net = train_round(args, run, f"segmenter_{number}", args.seg_steps, number, real, rendered, net)
+        net = train_round(args, run, f"segmenter_{number}", args.seg_steps, number, real, rendered,
+                          encoder, net)
         predict_train(args, run, net, train_set, stage)
         columns.append(stage)
         values, change = {}, 1.0
@@ -869,13 +923,15 @@ def main():
     start_processes(args.device)
     check_selftrain(args)
     run, net = Run(args, FIELDS if args.initial == "cam" else SOURCE_FIELDS), None
+    encoder = train_encoder(args, run, train_set.classes)
     if args.source_only or args.initial == "source" and args.supervision != "full":
-        net = train_round(args, run, "source", args.source_steps, 0, None, rendered)    # §4.2.2
+        net = train_round(args, run, "source", args.source_steps, 0, None, rendered, encoder)    # §4.2.2
     if args.supervision == "full" and not args.source_only:
-        net = train_round(args, run, "segmenter_1", args.rounds * args.seg_steps, 1, train_set, rendered)
+        net = train_round(args, run, "segmenter_1", args.rounds * args.seg_steps, 1, train_set, rendered,
+                          encoder)
     elif not args.source_only:
         if args.initial == "cam":
-            classifier = train_classifier(args, run, train_set)                         # §3.1
+            classifier = train_classifier(args, run, train_set, encoder)                # §3.1
             write_initial(args, run, classifier, train_set)
             evaluate(args, run, "initial", "train", "initial", ["classifier", "initial"], labels="initial",
                      missed=missed_share(run, train_set))
@@ -883,7 +939,7 @@ def main():
             predict_train(args, run, net, train_set, "initial_raw")
             write_round_labels(args, run, net, train_set, "initial_raw", "initial", args.ratio)
             evaluate(args, run, "initial", "train", "initial_raw", ["source", "initial"], labels="initial")
-        net = self_train(args, run, train_set, rendered, net)                           # Algorithm 1
+        net = self_train(args, run, train_set, rendered, net, encoder)                  # Algorithm 1
     write_predictions(args, run, net, val_set)
     if not run.has("val_crf"):
         draw_rounds(args, run, "val", "val", ["val", "val_crf"])

@@ -14,7 +14,7 @@ from PIL import Image
 import selftrain_workpiece as sw
 from common import CRF, UserError, save_label
 from conftest import kill_when, sh
-from data import DataError, Draws, collate, export, load, read_image, read_label
+from data import DataError, Draws, Sample, collate, export, load, read_image, read_label
 
 
 def arguments(**fields):
@@ -320,6 +320,36 @@ def test_weights_of_the_settings():
 # ---------------------------------------------------------------- learns
 
 
+def test_a_random_ground_leaves_masks_and_moves_pictures():
+    """[D2]: the ground changes wholly, the part keeps its shading; the same seed draws the same ground."""
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:44, 20:44], mask[:4] = 3, 255
+    shade = np.where(np.arange(64)[:, None, None] < 32, 60, 200) * np.ones((64, 64, 3))
+    image = np.where(mask[..., None] == 3, shade, 242).astype(np.uint8)
+    grounds = []
+    for seed in range(30):
+        s = sw.on_random_ground(Sample(image=image, mask=mask), np.random.default_rng(seed))
+        again = sw.on_random_ground(Sample(image=image, mask=mask), np.random.default_rng(seed))
+        assert s.image.dtype == np.uint8 and (s.image == again.image).all() and (s.mask == mask).all()
+        part = s.image[22:42, 22:42].mean((1, 2))
+        assert part[-6:].mean() > 1.5 * part[:6].mean(), "the shading of the part is gone"
+        grounds.append(s.image[mask == 0].mean(0))
+    spread = np.std(grounds, axis=0)
+    assert (spread > 20).all() and (image == np.where(mask[..., None] == 3, shade, 242)).all()
+
+
+def test_the_classifier_starts_from_the_encoder():
+    """Its linear layer: a part's weights minus the background's, so its CAM is the encoder's margin."""
+    torch.manual_seed(0)
+    backbone = sw.make_backbone("tiny", "none", 8, False)
+    encoder = sw.DeepLab(backbone, torch.nn.Conv2d(backbone.channels[-1], 9, 1)).eval()
+    net = sw.TagNet(sw.make_backbone("tiny", "none", 8, False), 8).eval()
+    sw.go_on_from(net, encoder)
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad(): scores = encoder(image)
+    assert torch.allclose(net.scores(image), scores[:, 1:] - scores[:, :1], atol=1e-5)
+
+
 def test_the_joint_loss_falls():
     """A few rendered and real pictures with true labels."""
     args = arguments(seg_crop=64)
@@ -341,8 +371,8 @@ def test_the_joint_loss_falls():
 # ---------------------------------------------------------------- runs
 
 TINY = """selftrain_workpiece.py --preset shapes --workers 0 --device cpu --cam-steps 3 --cam-batch 2
-    --enc-steps 2 --cam-crop 48 --cam-resize 48 64 --superpixels 100 --seg-steps 4 --source-steps 3
-    --seg-batch 4 --seg-crop 48 --rounds 2 --cam-scales 0.5 --test-scales 0.5 --stop-change 0
+    --enc-steps 2 --enc-batch 2 --cam-crop 48 --cam-resize 48 64 --superpixels 100 --seg-steps 4
+    --source-steps 3 --seg-batch 4 --seg-crop 48 --rounds 2 --cam-scales 0.5 --test-scales 0.5 --stop-change 0
     --save-every 2 --log-every 1""".split()
 STAGES = ["initial", "round_1", "round_2", "val", "val_crf"]
 FOLDERS = ["initial", "round_1", "pseudo_1", "round_2", "val", "val_crf"]
@@ -513,7 +543,8 @@ def test_predicts_with_the_runs_network(finished, folder, tmp_path):
     (["--predict", "x"], "checkpoint"), (["--source-only", "--no-rendered"], "nothing to learn"),
     (["--seg-batch", "5"], "multiple of 2"), (["--rounds", "0"], "1 or more"), (["--ratio", "0"], "ratio"),
     (["--cam-decay", "1"], "cam-decay"),
-    (["--backbone", "mobilenet_v2", "--weights", "nowhere.pt"], "nowhere")])
+    (["--backbone", "mobilenet_v2", "--weights", "nowhere.pt"], "nowhere"),
+    (["--cam-backbone", "resnet18"], "add --enc-steps 0")])
 def test_mistakes_end_with_one_sentence(folder, tmp_path, more, words):
     with pytest.raises(UserError, match=words): run_here(*command(folder, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
