@@ -59,9 +59,9 @@ TINY = {
         --hg-modules 1 1 1 --hg-features 8 --gen-steps 4 --gen-batch 2 --gen-crop 32 --gen-scale 0.5
         --seg-steps 3 --seg-batch 2 --seg-crop 48 --stages 2 --probe 3""",
     "selftrain_workpiece": """--data workpiece --root {work}/solids --preset shapes --cam-steps 3
-        --cam-batch 2 --enc-steps 2 --cam-crop 48 --cam-resize 48 64 --superpixels 100 --seg-steps 4
-        --source-steps 3 --seg-batch 4 --seg-crop 48 --rounds 2 --cam-scales 0.5 --test-scales 0.5
-        --stop-change 0""",
+        --cam-batch 2 --enc-steps 2 --enc-batch 2 --cam-crop 48 --cam-resize 48 64 --superpixels 100
+        --seg-steps 4 --source-steps 3 --seg-batch 4 --seg-crop 48 --rounds 2 --cam-scales 0.5
+        --test-scales 0.5 --stop-change 0""",
 }
 
 
