@@ -88,8 +88,8 @@ from tqdm import tqdm
 from common import (
     ASPP, CRF, ConfusionMatrix, DeepLab, PSPNet, Run, UserError, contact_sheet, dense_crf, detector_schedule,
     instance_aps, instance_overlay, label_probs, make_backbone, mask_rcnn, numbered, overlay, parse_args,
-    poly, rank, read_instances, read_state, reduce, save_image, save_instances, save_label, save_npz, shard,
-    start_processes, world)
+    poly, rank, read_checkpoint, read_instances, reduce, save_image, save_instances, save_label, save_npz,
+    shard, start_processes, world)
 from data import (
     PICTURES, Draws, Sample, changed, coco_annotations, color_jitter, crop, derive_boxes, flip, load,
     normalise, objects_of, read_image, read_label, rescale, resize_long, with_labels)
@@ -1719,16 +1719,16 @@ def predict_folder(args):
     if not Path(args.checkpoint).is_file():
         raise UserError(f"--predict needs --checkpoint runs/…/segmenter.pt or detector.pt; "
                         f"{args.checkpoint!r} is no file")
-    state, source = read_state(args.checkpoint), Path(args.predict)
+    state, source = read_checkpoint(args.checkpoint, Args), Path(args.predict)
     last = {"deeplab": "head.branches.0.weight", "pspnet": "head.4.weight",
             "instance": "roi_heads.box_predictor.cls_score.weight"}
-    kind = next((kind for kind, key in last.items() if key in state.get("model", {})), None)
+    kind = next((kind for kind, key in last.items() if key in state["model"]), None)
     if kind is None:
         raise UserError(f"--checkpoint {args.checkpoint} is neither segmenter.pt nor detector.pt of a run")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
+        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
     device, made = start_processes(args.device), state["args"]
     classes = len(state["model"][last[kind]]) - 1
     if kind == "instance":

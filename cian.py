@@ -58,8 +58,8 @@ from tqdm import tqdm
 
 from common import (
     CRF, ConfusionMatrix, LargeFOV, Run, UserError, contact_sheet, dense_crf, make_backbone, overlay,
-    parse_args, poly, rank, read_state, reduce, save_image, save_label, save_npz, shard, start_processes,
-    world)
+    parse_args, poly, rank, read_checkpoint, reduce, save_image, save_label, save_npz, shard,
+    start_processes, world)
 from data import (
     PICTURES, Draws, Sample, changed, crop, flip, load, normalise, read_image, read_label, reading, require,
     rescale, resize_long, stems, with_labels)
@@ -832,13 +832,13 @@ def predict_folder(args):
     """
     if not Path(args.checkpoint).is_file():
         raise UserError(f"--predict needs --checkpoint runs/…/segmenter_2.pt; {args.checkpoint!r} is no file")
-    state, source = read_state(args.checkpoint), Path(args.predict)
-    if "affinity.phi_q.weight" not in state.get("model", {}):
+    state, source = read_checkpoint(args.checkpoint, Args), Path(args.predict)
+    if "affinity.phi_q.weight" not in state["model"]:
         raise UserError(f"--checkpoint {args.checkpoint} is not a segmenter_….pt of a run")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
+        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
     device, made = start_processes(args.device), Args(**state["args"])
     net = make_cian(made, "none", len(state["model"]["head.branches.0.weight"]) - 1)
     net.load_state_dict(state["model"])

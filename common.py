@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import dataclasses
 import datetime
+import errno
 import fcntl
 import functools
 import importlib.metadata
@@ -48,14 +49,23 @@ from torchvision.models import resnet
 from tqdm import tqdm
 
 
+CAN_NOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
 class UserError(SystemExit):
     """A mistake that the user can mend: ends the program with one sentence instead of a traceback."""
 
 
 def short_errors(kind, error, trace):
-    """sys.excepthook: a data.DataError, also of a loader's process, ends with its sentence only."""
+    """sys.excepthook: a data.DataError, also of a loader's process, ends with its sentence only.
+
+    So does a disk that is full, or a folder that is not ours to write to.
+    """
     if kind.__name__ == "DataError":
         print(str(error).strip().splitlines()[-1].removeprefix("data.DataError: "), file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno in CAN_NOT_WRITE:
+        print(f"{error.filename or 'a file'}: {error.strerror}; make room, or choose another folder to write "
+              "to: the same command again continues", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -84,6 +94,7 @@ def parse_args(Args, doc, presets=None, argv=None):
     if unknown:
         raise UserError(f"preset {preset} sets fields that Args does not have: {', '.join(unknown)}")
     args = tyro.cli(Args, description="", args=argv, default=Args(**values))
+    check_numbers(args)
     args.preset = preset
     args.root = args.root or f"data/{args.data}"
     if not getattr(args, "predict", ""):
@@ -91,6 +102,17 @@ def parse_args(Args, doc, presets=None, argv=None):
         args.out = args.out or (f"runs/{Path(sys.argv[0]).stem}-{args.data}-{args.supervision}{task}"
                                 f"-s{args.seed}")
     return args
+
+
+def check_numbers(args):
+    """UserError for counts and sizes that no run can have; 0 is allowed where it is the field's default."""
+    for field in dataclasses.fields(args):
+        value, counts = getattr(args, field.name), field.name in ("workers", "seed")
+        sizes = re.search(r"(_batch|_crop|_every|^batch_images)$", field.name)
+        if not isinstance(value, int) or not (counts or sizes or field.name.endswith("_steps")): continue
+        least = min(1, field.default) if sizes else 0
+        if value < least:
+            raise UserError(f"--{field.name.replace('_', '-')} {value}: give {least} or more")
 
 
 def seed_everything(seed):
@@ -192,6 +214,9 @@ def atomic(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)            # write() itself does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -204,7 +229,12 @@ def write_json(path, value):
 def save_checkpoint(path, state):
     """state: tensors and plain types only, so that torch.load(path, weights_only=True) reads it."""
     with atomic(path) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:                           # torch's word for a disk that is full
+            why = str(error).splitlines()[0]
+            raise UserError(f"{path} can not be written ({why}); make room, then give the same command "
+                            "again: it continues") from None
 
 
 def save_npz(path, **arrays):
@@ -264,7 +294,10 @@ def differing(mine, theirs, names):
 
 
 def read_json(file, default=None):
-    return json.loads(Path(file).read_text()) if Path(file).exists() else default
+    try:
+        return json.loads(Path(file).read_text()) if Path(file).exists() else default
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON ({error}); mend or delete it, or choose another folder") from None
 
 
 class Run:
@@ -290,8 +323,9 @@ class Run:
         theirs, mine = read_json(self.dir / "args.json"), plain_fields(args)
         differ = differing(mine, theirs, {*mine, *theirs} - NO_EFFECT) if theirs else []
         if differ:
-            raise UserError(f"{self.dir} was made with other arguments ({'; '.join(differ)}); use those, "
-                            "choose another --out, or start over with --fresh")
+            more = f"; and {len(differ) - 8} more" if len(differ) > 8 else ""
+            raise UserError(f"{self.dir} was made with other arguments ({'; '.join(differ[:8])}{more}); use "
+                            "those, choose another --out, or start over with --fresh")
         self.resumed = theirs is not None
         self.state = read_json(self.dir / "state.json", {"seconds": {}, "wrote": []})
         self.results = read_json(self.dir / "results.json", {"stages": []})
@@ -307,8 +341,12 @@ class Run:
 
     def lock(self):
         """A record lock ends with this process and is not inherited by its workers: none stays behind."""
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self.lock_file = open(self.dir / ".lock", "w")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.lock_file = open(self.dir / ".lock", "w")
+        except OSError as error:
+            raise UserError(f"--out {self.dir} can not be written to ({error.strerror}: {error.filename}); "
+                            "choose another --out") from None
         try:
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -494,7 +532,8 @@ class Run:
         if not self.args.reuse or stage not in self.fields:
             return False
         theirs = read_json(Path(self.args.reuse) / "args.json")
-        if theirs is None: raise UserError(f"--reuse {self.args.reuse}: no run folder, it has no args.json")
+        if theirs is None:
+            raise UserError(f"--reuse {self.args.reuse} has no args.json; give the folder of a run")
         stages = list(self.fields)
         needed = {name for before in stages[:stages.index(stage) + 1] for name in self.fields[before]}
         differ = differing(plain_fields(self.args), theirs, needed)
@@ -732,7 +771,7 @@ def load_weights(net, name, weights):
         return
     state = imagenet_weights(name) if weights == "imagenet" else read_state(weights)
     if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
-        raise UserError(f"weights {weights}: not a state dict, tensors by name")
+        raise UserError(f"weights {weights}: not a state dict; give a file of tensors by name")
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()
              if not key.startswith(("fc.", "classifier."))}
     load_exactly(net, state, weights, ("fc.", "classifier."))
@@ -748,7 +787,8 @@ def load_exactly(net, state, source, ignored=()):
                 for key in own if key in state and state[key].shape != own[key].shape)]
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise UserError(f"weights {source} do not fit this backbone: {', '.join(faults[:5])}{more}")
+        raise UserError(f"weights {source} do not fit this backbone: {', '.join(faults[:5])}{more}; "
+                        "choose another --backbone or other weights")
     net.load_state_dict(state, strict=False)
 
 
@@ -759,8 +799,23 @@ def read_state(file):
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:                                  # torch raises many kinds for a broken file
-        why = str(error).splitlines()[0]
-        raise UserError(f"weights {file} can not be read as a state dict: {why}") from None
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        if "weights_only" in why:                               # torch's advice is to execute what it holds
+            why = "it is no checkpoint, or holds more than tensors and plain types; nothing was executed"
+        raise UserError(f"weights {file} can not be read as a state dict ({why}); take the file again, or "
+                        "delete it if a run wrote it: the run makes it anew") from None
+
+
+def read_checkpoint(file, Args):
+    """<stage>.pt of a run of the method file whose Args these are; UserError for anything else."""
+    state, known = read_state(file), {field.name for field in dataclasses.fields(Args)}
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict) or "args" not in state:
+        raise UserError(f"--checkpoint {file} has no model and args; give a run's .pt, as segmenter.pt")
+    foreign = sorted(set(state["args"]) - known)
+    if foreign:
+        raise UserError(f"--checkpoint {file} is of another method or version (it has "
+                        f"{', '.join(foreign[:3])}); give it to the file that wrote it")
+    return state
 
 
 def imagenet_weights(name):
@@ -915,7 +970,8 @@ def read_mxnet(file):
         names = [take(f"{take('Q')}s").decode() for _ in range(take("Q"))]
         return dict(zip(names, arrays, strict=True))
     except (ValueError, IndexError, struct.error) as error:
-        raise UserError(f"weights {file}: not an MXNet parameter file, or cut short ({error})") from None
+        raise UserError(f"weights {file}: not an MXNet parameter file, or cut short ({error}); take it "
+                        "again") from None
 
 
 # ── Heads ───────────────────────────────────────────────────────────────────────────────────────────────────

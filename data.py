@@ -3,13 +3,9 @@
     dataset = load(args, "train")              # reads args.data, args.root, args.train_list, args.supervision
     sample = dataset[0]                        # name, image, tags, and what the supervision reveals
 
-Data sets    shapes (drawn on the fly, no files) · voc (PASCAL VOC 2012, SBD, ScribbleSup, what's-the-point)
-             coco · context (PASCAL-Context) · workpiece (any folder of your own): each class says its layout
-             solids (machine parts, rendered and "photographed", drawn on the fly) · gta5 · cityscapes
-
-
 Data sets    shapes, shapes-aux (other classes), drawn on the fly, no files · voc (PASCAL VOC 2012, SBD,
-             ScribbleSup, what's-the-point) · coco · context (PASCAL-Context) · workpiece (any folder of your
+             ScribbleSup, what's-the-point) · coco · context (PASCAL-Context) · gta5 · cityscapes · solids
+             (machine parts, rendered and "photographed", drawn on the fly) · workpiece (any folder of your
              own): each class says its layout; select() and join() make new ones of them
 Coordinates  x to the right, y down, in pixel edges: pixel (row i, column j) is j <= x < j+1, i <= y < i+1.
              A box [class, x0, y0, x1, y1] is half open: its pixels are mask[y0:y1, x0:x1]. VOC's XML,
@@ -417,6 +413,8 @@ def reading(path, what, remedy):
 def read_image(path):
     """(H,W,3) uint8 RGB, turned as the file's EXIF orientation says."""
     with reading(path, "picture", "take the file again"), Image.open(path) as image:
+        if image.mode[0] in "IF":                                   # convert() would cut them off at 255
+            raise DataError(f"picture {path} has more than 8 bits a pixel ({image.mode}); save it with 8")
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
@@ -467,7 +465,9 @@ def read_list(path):
     """Names from a list file, one a line, with or without folders and suffix; further words are ignored."""
     if not Path(path).is_file():
         raise DataError(f"the list {path} does not exist; give train_aug, train or a file of names")
-    paths = [Path(line.split()[0]) for line in Path(path).read_text().splitlines() if line.split()]
+    with reading(path, "list", "write a text file with one name a line"):
+        lines = Path(path).read_text().splitlines()
+    paths = [Path(line.split()[0]) for line in lines if line.split()]
     if not paths: raise DataError(f"the list {path} is empty; write one name a line")
     return list(dict.fromkeys(path.stem if path.suffix.lower() in PICTURES else path.name for path in paths))
 
@@ -509,6 +509,7 @@ def locate(rows, columns, classes, size, path):
         out = out.reshape(len(rows), columns)
     x, y, x1, y1 = out[:, [1, 2, -2, -1]].T
     off = (x < -1) | (y < -1) | (x1 > width + 1) | (y1 > height + 1)    # old VOC files may be off by one
+    off |= ~np.isfinite(out).all(axis=1)
     if columns == 5: off |= (x >= x1) | (y >= y1)
     if off.any():
         name, *at = rows[off.argmax()]
@@ -961,8 +962,9 @@ def voc_points(clicks, classes, size, path):
     The file has one click an object and rank counts the objects of a class in a picture: every click is kept.
     """
     height, width = size
-    rows = [(classes[c["cls"] - 1], c["x"], c["y"]) for c in clicks if 1 <= c["cls"] <= len(classes)]
-    rows = [row for row in rows if 0 <= row[1] <= width and 0 <= row[2] <= height]
+    with reading(path, "points of a picture in", "take the file again"):
+        rows = [(classes[c["cls"] - 1], c["x"], c["y"]) for c in clicks if 1 <= c["cls"] <= len(classes)]
+        rows = [row for row in rows if 0 <= row[1] <= width and 0 <= row[2] <= height]
     return locate(rows, 3, classes, size, path)
 
 
@@ -1214,7 +1216,8 @@ class Workpiece:
         s = complete(s, wanted, self.files, self.classes)
         if self.tags_from == "tags":
             path = self.root / "tags.json"
-            numbers = [class_number(tag, self.classes, path) for tag in self.files["tags"][name]]
+            with reading(path, f"tags of {name} in", "write {\"name\": [class, ...], ...}"):
+                numbers = [class_number(tag, self.classes, path) for tag in self.files["tags"][name]]
             return changed(s, tags=present(numbers, len(self.classes)))
         source = Sample(**{self.tags_from: getattr(s, self.tags_from)})
         return changed(s, tags=tags_of(source, len(self.classes)))

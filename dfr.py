@@ -63,8 +63,8 @@ from tqdm import tqdm
 
 from common import (
     Backbone, ConfusionMatrix, Run, UserError, contact_sheet, imagenet_weights, load_exactly, make_backbone,
-    overlay, parse_args, poly, rank, read_state, reduce, save_image, save_label, shard, start_processes,
-    world)
+    overlay, parse_args, poly, rank, read_checkpoint, read_state, reduce, save_image, save_label, shard,
+    start_processes, world)
 from data import PICTURES, Draws, Sample, changed, crop, flip, load, normalise, read_image, read_label, resize
 
 
@@ -270,7 +270,7 @@ def load_swin(net, name, weights):
     state = imagenet_weights(name) if weights == "imagenet" else read_state(weights)
     state = state.get("model", state) if isinstance(state, dict) else {}
     if not state or not all(map(torch.is_tensor, state.values())):
-        raise UserError(f"weights {weights}: not a state dict, tensors by name")
+        raise UserError(f"weights {weights}: not a state dict; give a file of tensors by name")
     outside = ("head.", "norm.")
     state = {swin_key(key): value for key, value in state.items()
              if not key.startswith(outside) and not key.endswith("attn_mask")}
@@ -716,13 +716,13 @@ def predict_folder(args):
     """
     if not Path(args.checkpoint).is_file():
         raise UserError(f"--predict needs --checkpoint runs/…/segmenter.pt; {args.checkpoint!r} is no file")
-    state, source = read_state(args.checkpoint), Path(args.predict)
-    if "classify.weight" not in state.get("model", {}):
+    state, source = read_checkpoint(args.checkpoint, Args), Path(args.predict)
+    if "classify.weight" not in state["model"]:
         raise UserError(f"--checkpoint {args.checkpoint} is not the segmenter.pt of a run")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
+        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
     device, made = start_processes(args.device), Args(**state["args"])
     net = make_dfr(made, "none", len(state["model"]["classify.weight"]) - 1)
     net.load_state_dict(state["model"])

@@ -71,8 +71,8 @@ from tqdm import tqdm
 from common import (
     ASPP, CRF, ConfusionMatrix, DeepLab, Run, UserError, contact_sheet, dense_crf, detector_schedule,
     instance_aps, instance_overlay, label_probs, make_backbone, mask_rcnn, numbered, overlay, parse_args,
-    poly, rank, read_instances, read_state, reduce, save_image, save_instances, save_label, save_npz, shard,
-    start_processes, world)
+    poly, rank, read_checkpoint, read_instances, reduce, save_image, save_instances, save_label, save_npz,
+    shard, start_processes, world)
 from data import (
     PICTURES, Draws, Sample, crop, flip, load, normalise, objects_of, read_image, read_label, rescale,
     resize_long, with_labels)
@@ -1072,15 +1072,15 @@ def predict_folder(args):
     if not Path(args.checkpoint).is_file():
         raise UserError(f"--predict needs --checkpoint runs/…/segmenter.pt or detector.pt; "
                         f"{args.checkpoint!r} is no file")
-    state, source = read_state(args.checkpoint), Path(args.predict)
+    state, source = read_checkpoint(args.checkpoint, Args), Path(args.predict)
     semantic, instances = "head.branches.0.weight", "roi_heads.box_predictor.cls_score.weight"
-    known = [key for key in (semantic, instances) if key in state.get("model", {})]
+    known = [key for key in (semantic, instances) if key in state["model"]]
     if not known:
         raise UserError(f"--checkpoint {args.checkpoint} is neither segmenter.pt nor detector.pt of a run")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
+        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
     device, made = start_processes(args.device), state["args"]
     classes = len(state["model"][known[0]]) - 1
     if known[0] == semantic:

@@ -58,8 +58,9 @@ from tqdm import tqdm
 
 from common import (
     ASPP, CRF, ConfusionMatrix, DeepLab, LargeFOVVGG, Run, UserError, contact_sheet, dense_crf, distribute,
-    imagenet_weights, load_exactly, make_backbone, overlay, parse_args, plain_fields, poly, rank, read_state,
-    reduce, save_checkpoint, save_image, save_label, save_npz, shard, start_processes, world)
+    imagenet_weights, load_exactly, make_backbone, overlay, parse_args, plain_fields, poly, rank,
+    read_checkpoint, read_state, reduce, save_checkpoint, save_image, save_label, save_npz, shard,
+    start_processes, world)
 from data import (
     PICTURES, Draws, Sample, changed, chosen_classes, coco_name, crop, flip, join, load, normalise,
     read_image, read_label, rescale, select, voc_root, with_labels)
@@ -754,15 +755,15 @@ def predict_folder(args):
     """
     if not Path(args.checkpoint).is_file():
         raise UserError(f"--predict needs --checkpoint runs/…/segmenter_3.pt; {args.checkpoint!r} is no file")
-    state, source = read_state(args.checkpoint), Path(args.predict)
+    state, source = read_checkpoint(args.checkpoint, Args), Path(args.predict)
     ends = ("head.8.weight", "head.branches.0.weight")
-    last = next((key for key in ends if key in state.get("model", {})), None)
+    last = next((key for key in ends if key in state["model"]), None)
     if last is None:
         raise UserError(f"--checkpoint {args.checkpoint} is not a segmenter_….pt of a run")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
+        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
     device, made = start_processes(args.device), state["args"]
     net = make_deeplab(made["backbone"], "none", made["seg_stride"], made["large_fov"], made["seg_rates"],
                        len(state["model"][last]) - 1)

@@ -70,8 +70,8 @@ from tqdm import tqdm
 
 from common import (
     ASPP, CRF, ConfusionMatrix, DeepLab, Run, UserError, contact_sheet, dense_crf, dense_energy,
-    make_backbone, overlay, parse_args, poly, rank, read_state, reduce, save_image, save_label, save_npz,
-    shard, start_processes, world)
+    make_backbone, overlay, parse_args, poly, rank, read_checkpoint, reduce, save_image, save_label,
+    save_npz, shard, start_processes, world)
 from data import (
     MEAN, PICTURES, STD, Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_image,
     read_label, rescale, resize_long, with_labels)
@@ -926,8 +926,8 @@ def write_panels(args, run, split):
 
 def load_predictor(checkpoint, device):
     """Checkpoint of RRM or of the two-step network -> score, scales, mirror, CRF of `predict`."""
-    state = read_state(checkpoint)
-    weights, made = state.get("model", {}), Args(**state.get("args", {}))
+    state = read_checkpoint(checkpoint, Args)
+    weights, made = state["model"], Args(**state["args"])
     if "classification.classifier.weight" in weights:
         net, options = make_rrm(made, "none", len(weights["classification.classifier.weight"])), (
             made.test_scales, False, CRF(*made.post_crf))
@@ -954,7 +954,7 @@ def predict_folder(args):
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
+        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
     folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
     if rank() == 0:
         print(f"{len(files)} picture(s) -> {folder}")

@@ -69,7 +69,7 @@ from tqdm import tqdm
 
 from common import (
     DeepLab, Run, UserError, barrier, contact_sheet, make_backbone, overlay, parse_args, poly, rank,
-    read_json, read_state, reduce, save_image, save_label, save_npz, shard, start_processes, world,
+    read_checkpoint, read_json, reduce, save_image, save_label, save_npz, shard, start_processes, world,
     write_json)
 from data import (
     MEAN, PICTURES, DataError, Draws, Sample, changed, class_areas, class_folds, class_mask, crop, flip, load,
@@ -1013,13 +1013,13 @@ def predict_folder(args):
     if not args.support_images or len(args.support_images) != len(args.support_masks):
         raise UserError(f"--predict needs --support-images and as many --support-masks; there are "
                         f"{len(args.support_images)} and {len(args.support_masks)}")
-    state, source = read_state(args.checkpoint), Path(args.predict)
-    if "reduce_query.0.weight" not in state.get("model", {}):
+    state, source = read_checkpoint(args.checkpoint, Args), Path(args.predict)
+    if "reduce_query.0.weight" not in state["model"]:
         raise UserError(f"--checkpoint {args.checkpoint} is not the segmenter.pt of a run")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
+        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
     device, made = start_processes(args.device), Args(**state["args"])
     made.shots, made.fuse, made.cgm_score = (len(args.support_images),), args.fuse[-1:], args.cgm_score
     net = make_scl(made, "none")

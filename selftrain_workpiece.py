@@ -62,8 +62,8 @@ from tqdm import tqdm
 
 from common import (
     CRF, ConfusionMatrix, DeepLab, PSPNet, Run, UserError, contact_sheet, dense_crf, label_probs,
-    make_backbone, overlay, parse_args, poly, rank, read_state, reduce, save_image, save_label, save_npz,
-    shard, start_processes, world)
+    make_backbone, overlay, parse_args, poly, rank, read_checkpoint, reduce, save_image, save_label,
+    save_npz, shard, start_processes, world)
 from data import (
     PICTURES, DataError, Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_image,
     read_label, rescale, resize_long, subset, with_labels)
@@ -841,13 +841,13 @@ def predict_folder(args):
     """
     if not Path(args.checkpoint).is_file():
         raise UserError(f"--predict needs --checkpoint runs/…/segmenter_3.pt; {args.checkpoint!r} is no file")
-    state, source = read_state(args.checkpoint), Path(args.predict)
-    if "head.4.weight" not in state.get("model", {}):
+    state, source = read_checkpoint(args.checkpoint, Args), Path(args.predict)
+    if "head.4.weight" not in state["model"]:
         raise UserError(f"--checkpoint {args.checkpoint} is not a segmenter_….pt or source.pt of a run")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
-        raise UserError(f"--predict {source}: no picture there ({', '.join(PICTURES)})")
+        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
     device, made = start_processes(args.device), Args(**state["args"])
     net = make_pspnet(made, "none", len(state["model"]["head.4.weight"]) - 1)
     net.load_state_dict(state["model"])
