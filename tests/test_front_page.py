@@ -91,7 +91,7 @@ def test_a_folder_that_is_no_run_and_other_mistakes(run, tmp_path):
     no_maps, no_panels = fake_run(tmp_path / "bare"), fake_run(tmp_path / "shot", "scl", "full", shots=[1])
     for runs, changes, words in (
             ([tmp_path / "empty"], {}, "is no finished run"), ([tmp_path / "gone"], {}, "is no finished run"),
-            ([no_method], {}, "no method file"), ([broken], {}, "is broken"),
+            ([no_method], {}, "no method file"), ([broken], {}, "is no JSON"),
             ([no_maps], {}, "holds no predictions"), ([no_panels], {}, "has 0 episodes"),
             ([run, run], {}, "a second run of a2gnn"),
             ([], {}, "at least one"), ([run], {"lines": 0}, "at least one"),
