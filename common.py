@@ -486,10 +486,17 @@ class Run:
             temporary.write_text("".join(keep))
 
     def log(self, step, **values):
-        """Every --log-every steps: numbers or tensors to log.jsonl, to TensorBoard, beside the bar."""
+        """Every --log-every steps: numbers or tensors to log.jsonl, to TensorBoard, beside the bar.
+
+        Raises UserError where a value called loss… is no finite number: what follows would be lost time.
+        """
         if rank() != 0 or step % self.args.log_every:
             return
         values = {key: float(v.detach() if torch.is_tensor(v) else v) for key, v in values.items()}
+        for key, value in values.items():
+            if key.startswith("loss") and not math.isfinite(value):
+                raise UserError(f"{self.stage}: {key} is {value} in step {step}, the training has diverged; "
+                                "start over with a lower learning rate and --fresh, or another --out")
         now = time.perf_counter()
         spent = round(self.seconds(self.stage) + now - self.marks.get(self.stage, now), 2)
         with open(self.dir / "log.jsonl", "a") as file:

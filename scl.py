@@ -217,7 +217,7 @@ SHAPES = dict(
 # A few hundred photographs with a small pretrained backbone on two CPU cores.   [D14]
 PHOTOS = dict(
     backbone="mobilenet_v2", train_list="train", width=64, dropout=0.1, init_std=0, seg_steps=1000,
-    seg_batch=4, seg_lr=0.02, seg_crop=257, test_scales=(1.0,), refinements=1, shots=(1,), episodes=300,
+    seg_batch=4, seg_lr=2.5e-3, seg_crop=257, test_scales=(1.0,), refinements=1, shots=(1,), episodes=300,
     test_seeds=1, cache=200)
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.

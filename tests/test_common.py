@@ -291,6 +291,12 @@ def test_an_interrupted_training_ends_bit_for_bit_like_an_undisturbed_one(tmp_pa
     assert torch.rand(1) == after, "a stage that is skipped leaves the same random state"
 
 
+def test_a_training_that_diverges_ends_with_a_sentence(tmp_path):
+    run = Run(Args(out=str(tmp_path), lr=1e30))
+    with pytest.raises(UserError, match="net: loss is (nan|inf) in step .* lower learning rate"): train(run)
+    assert all(np.isfinite(entry["loss"]) for entry in lines(run)), "log.jsonl holds numbers only"
+
+
 def test_a_checkpoint_holds_tensors_and_plain_types(tmp_path):
     run = Run(Args(out=str(tmp_path)))
     train(run, steps=4)
