@@ -9,14 +9,14 @@ Equations    (1) eq1_spatial_loss    (2) eq2_joint_loss    (3.1) cam_mask, whole
              (3.4) level_counts, alg2_threshold, alg2_label, refine_labels
 Figures      Fig. 1 = main(), Algorithm 1 = self_train; Fig. 2 = write_initial; Fig. 4 = panels/train.png;
              Fig. 5 = panels/several.png
-Commands     python selftrain_workpiece.py                              # solids, background 2, two cores
-             python selftrain_workpiece.py --background 0 --out runs/b0     # Table 1: 0, 1, 2, 3
+Commands     python selftrain_workpiece.py                              # solids, background 0, two cores
+             python selftrain_workpiece.py --background 2 --out runs/b2     # Table 1: 0, 1, 2, 3
              python selftrain_workpiece.py --source-only --out runs/source  # the domain gap
              python selftrain_workpiece.py --supervision full               # the same network on ground truth
              python selftrain_workpiece.py --data workpiece --root my/parts # rendered/ train/ val/
              python selftrain_workpiece.py --data cityscapes --root data/cityscapes --rendered-root data/gta5
              python selftrain_workpiece.py --predict photos/ --checkpoint runs/…/segmenter_4.pt
-Table 4      initial mask = stage `initial`; the others, as paths to what the row before trained:
+Table 4      with --background 2: initial mask = stage `initial`; the others, each in its own folder:
              python selftrain_workpiece.py --rounds 1 --no-rendered --no-spatial --out runs/t4-initial-only
              python selftrain_workpiece.py --rounds 1 --no-spatial --out runs/t4-rendered
              python selftrain_workpiece.py --rounds 1 --out runs/t4-spatial
@@ -122,7 +122,7 @@ class Args:
     rendered_root: str = ""
     """folder of the rendered set: workpiece: one with rendered/, default --root; cityscapes: GTA5's, default
     data/gta5"""
-    background: Literal[-1, 0, 1, 2, 3] = 2
+    background: Literal[-1, 0, 1, 2, 3] = 0
     """solids: ground of the real pictures, cloth, wood, mat, workshop; -1 = all. Table 4: 2"""
     source_only: bool = False
     """train on rendered pictures alone and stop: what the domain gap costs"""
