@@ -35,8 +35,9 @@ Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (
              [D5] source weight: 1 + dilated edges; the paper's words: 0 elsewhere (--source-weight literal)
              [D6] Eq. (1): mean over the pixels with a label instead of the sum; the lost minus sign is back
              [D7] "labelled as negative" (§3.4) is "unlabelled" in Algorithm 2 and no background: 255
-             [D8] ratio p: not stated. Parts cover few pixels, so the most certain 30 % of all pixels would be
-                  background alone: 0.9 and more; CBST's schedule .3, +.05, up to .5 for street scenes
+             [D8] ratio p: not stated. Parts cover few pixels and are the least certain, so the most certain
+                  30 % of all pixels would be background alone: 0.9 and more (solids, whose parts cover 6 %:
+                  0.98 and more); CBST's schedule .3, +.05, up to .5 for street scenes
              [D9] Algorithm 2's sorting: a histogram of the confidences in 4,096 steps of -log(1 - S), whose
                   size does not depend on the data set
              [D10] refinement, which Algorithm 2 leaves out: each superpixel takes its most frequent label
@@ -47,6 +48,8 @@ Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (
              [D13] PSPNet's auxiliary loss (0.4) and scale, mirror and crop augmentation are PSPNet's paper's
              [D14] --supervision full: real masks instead of pseudo labels, one round with the steps of all
              [D15] street scenes: the 19 classes have no background; class 0 is neither taught nor predicted
+             [D16] the labels of a round hold classes of the picture's tags only, as its initial mask (paper
+                  silent; its refinement uses the CAM). Not with --initial source, which has no tags
 """
 
 from dataclasses import dataclass, replace
@@ -211,6 +214,8 @@ class Args:
     """added after each further round"""
     ratio_max: float = 0.98
     """p does not grow beyond"""
+    label_tags: bool = True
+    """labels hold classes of the picture's tags only [D16]"""
     refine_superpixels: bool = True
     """superpixels refine the labels [D10]"""
     refine_crf: bool = True
@@ -231,7 +236,7 @@ SOLIDS = dict(
     backbone="tiny", weights="none", cam_stride=8, cam_steps=600, cam_batch=8, cam_lr=5e-4,
     enc_steps=2000, cam_share=0.08, cam_resize=(144, 160), cam_crop=160,
     superpixels=500, edge_width=3, seg_lr=2e-3, seg_stride=4, seg_steps=1000, source_steps=1000, rounds=3,
-    seg_crop=96, seg_rescale=(0.8, 1.25))
+    seg_crop=96, seg_rescale=(0.8, 1.25), ratio=0.98, ratio_step=0.01, ratio_max=1.0)
 # Real surfaces of one part, a few dozen to a few hundred photographs, a small pretrained backbone on a CPU.
 PHOTOS = dict(
     backbone="mobilenet_v2", cam_stride=16, cam_steps=300, cam_batch=8, cam_lr=1e-3, cam_resize=(257, 321),
@@ -252,7 +257,7 @@ FIELDS = {stage: names.split() for stage, names in {
     "segmenter_1": "rendered source_only spatial source_weight target_weight edge_width "
                    "optimizer seg_lr momentum weight_decay seg_stride seg_steps source_steps seg_batch "
                    "seg_auxiliary",
-    "round_1": "test_scales",
+    "round_1": "test_scales label_tags",
     "pseudo_1": "crf refine ratio ratio_step ratio_max refine_superpixels refine_crf label_crf label_prob",
 }.items()}
 # --initial source: the order of the stages is another one, and the initial masks depend on all of it.
@@ -724,11 +729,20 @@ def predict(net, image, scales, device):
     return (total[0] / (2 * len(scales))).cpu().numpy()
 
 
+def of_tags(args, P, tags):
+    """Probabilities among background and the picture's own classes alone.   [D16]   P (K+1,H,W), tags (K,)"""
+    if not args.label_tags or args.initial == "source":
+        return P
+    P = P * np.r_[True, tags][:, None, None]
+    return P / P.sum(0, keepdims=True).clip(1e-12)
+
+
 def predict_train(args, run, net, train_set, folder):
     """Algorithm 2, lines 1 to 5.   Writes confidence/<folder>/*.npz (counts), <folder>/*.png (argmax)"""
     with run.timed(folder):
         for (name,) in run.todo(train_set.names, folder, stage=folder, beside=(f"confidence/{folder}",)):
-            P = predict(net, train_set[train_set.index(name)].image, args.test_scales, run.device)
+            sample = train_set[train_set.index(name)]
+            P = of_tags(args, predict(net, sample.image, args.test_scales, run.device), sample.tags)
             save_npz(run.path(f"confidence/{folder}", name, ".npz"), counts=level_counts(P))
             save_label(run.path(folder, name), P.argmax(0))
 
@@ -748,9 +762,11 @@ def write_round_labels(args, run, net, train_set, source, folder, p):
             if not args.refine:                                                         # [D12]
                 for name in names: save_label(run.path(folder, name), read_label(run.path(source, name)))
                 continue
-            images = [train_set[train_set.index(name)].image for name in names]
-            labels = [alg2_label(predict(net, image, args.test_scales, run.device), threshold)
-                      for image in images]                      # one picture's probabilities at a time
+            samples = [train_set[train_set.index(name)] for name in names]
+            images, labels = [sample.image for sample in samples], []
+            for sample in samples:                              # one picture's probabilities at a time
+                P = of_tags(args, predict(net, sample.image, args.test_scales, run.device), sample.tags)
+                labels.append(alg2_label(P, threshold))
             regions = [None] * len(names)
             if args.refine_superpixels:
                 regions = [slic_regions(image, args.superpixels, args.compactness) for image in images]

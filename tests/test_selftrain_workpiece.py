@@ -182,7 +182,7 @@ def test_initial_label_of_a_picture_without_parts(rest):
 
 
 def test_slic_regions_are_numbered_from_zero():
-    image = sw.load_real(arguments(), "val")[0].image
+    image = sw.load_real(arguments(background=2), "val")[0].image
     index = sw.slic_regions(image, 300, 10.0)
     assert index.shape == image.shape[:2] and (np.unique(index) == np.arange(index.max() + 1)).all()
     assert 150 < index.max() < 450
@@ -267,6 +267,20 @@ def test_refining_labels_of_which_none_is_known():
     image = np.zeros((10, 12, 3), np.uint8)
     (refined,) = sw.refine_labels([image], [label], 3, [None], CRF(3, 3, 50, 5, 10, 5), 0.7)
     assert (refined == 255).all()
+
+
+@pytest.mark.parametrize("fields, bound", [({}, True), ({"label_tags": False}, False),
+                                            ({"initial": "source"}, False)])
+def test_labels_hold_the_pictures_own_classes(fields, bound):
+    """[D16]: of what is left the shares stay; a picture without tags is background."""
+    P = np.random.default_rng(0).dirichlet(np.ones(4), (5, 6)).transpose(2, 0, 1).astype(np.float32)
+    tags = np.array([False, True, False])
+    Q = sw.of_tags(arguments(**fields), P, tags)
+    assert np.allclose(Q.sum(0), 1, atol=1e-6)
+    assert not bound and (Q == P).all() or bound and not Q[[1, 3]].any()
+    if bound:
+        assert np.allclose(Q[2] / Q[0], P[2] / P[0], rtol=1e-4)
+        assert (sw.of_tags(arguments(), P, ~np.ones(3, bool)).argmax(0) == 0).all()
 
 
 def test_label_change_counts_what_is_no_background(tmp_path):
