@@ -48,8 +48,10 @@ Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (
              [D13] PSPNet's auxiliary loss (0.4) and scale, mirror and crop augmentation are PSPNet's paper's
              [D14] --supervision full: real masks instead of pseudo labels, one round with the steps of all
              [D15] street scenes: the 19 classes have no background; class 0 is neither taught nor predicted
-             [D16] the labels of a round hold classes of the picture's tags only, as its initial mask (paper
-                  silent; its refinement uses the CAM). Not with --initial source, which has no tags
+             [D16] the labels of a round hold classes of the picture's tags only, and a part of the tags that
+                  they lost keeps its initial mask: else a part that is lost once is taught as background from
+                  then on (paper: "CAM and the super pixel map" refine the predictions, no more is said). Not
+                  with --initial source, which has no tags
 """
 
 from dataclasses import dataclass, replace
@@ -216,6 +218,8 @@ class Args:
     """p does not grow beyond"""
     label_tags: bool = True
     """labels hold classes of the picture's tags only [D16]"""
+    keep_initial: bool = True
+    """a part of the tags that a round's label lost keeps its initial mask [D16]"""
     refine_superpixels: bool = True
     """superpixels refine the labels [D10]"""
     refine_crf: bool = True
@@ -258,7 +262,8 @@ FIELDS = {stage: names.split() for stage, names in {
                    "optimizer seg_lr momentum weight_decay seg_stride seg_steps source_steps seg_batch "
                    "seg_auxiliary",
     "round_1": "test_scales label_tags",
-    "pseudo_1": "crf refine ratio ratio_step ratio_max refine_superpixels refine_crf label_crf label_prob",
+    "pseudo_1": "crf keep_initial refine ratio ratio_step ratio_max refine_superpixels refine_crf label_crf "
+                "label_prob",
 }.items()}
 # --initial source: the order of the stages is another one, and the initial masks depend on all of it.
 SOURCE_FIELDS = {
@@ -737,6 +742,14 @@ def of_tags(args, P, tags):
     return P / P.sum(0, keepdims=True).clip(1e-12)
 
 
+def keep_lost(label, initial, tags):
+    """A part of the picture's tags that a round's label (H,W) lost keeps its initial mask.   [D16]"""
+    for k in np.flatnonzero(tags) + 1:
+        if not (label == k).any():
+            label = np.where((initial == k) & ((label == 0) | (label == 255)), k, label).astype(np.uint8)
+    return label
+
+
 def predict_train(args, run, net, train_set, folder):
     """Algorithm 2, lines 1 to 5.   Writes confidence/<folder>/*.npz (counts), <folder>/*.png (argmax)"""
     with run.timed(folder):
@@ -772,7 +785,10 @@ def write_round_labels(args, run, net, train_set, source, folder, p):
                 regions = [slic_regions(image, args.superpixels, args.compactness) for image in images]
             labels = refine_labels(images, labels, len(train_set.classes) + 1, regions, last,
                                    args.label_prob, args.crf, args.workers, run.device)
-            for name, label in zip(names, labels): save_label(run.path(folder, name), label)
+            for s, label in zip(samples, labels):
+                if args.keep_initial and args.initial == "cam":
+                    label = keep_lost(label, read_label(run.path("initial", s.name)), s.tags)
+                save_label(run.path(folder, s.name), label)
 
 
 def label_change(run, names, before, after):

@@ -283,6 +283,15 @@ def test_labels_hold_the_pictures_own_classes(fields, bound):
         assert (sw.of_tags(arguments(), P, ~np.ones(3, bool)).argmax(0) == 0).all()
 
 
+def test_a_part_that_was_lost_keeps_its_initial_mask():
+    """[D16]: class 1 is there, so its initial mask is not looked at; class 2 was lost; class 3 is no tag."""
+    initial = np.array([[1, 2, 2, 3], [0, 2, 0, 0]], np.uint8)
+    label = np.array([[0, 0, 255, 0], [1, 1, 0, 255]], np.uint8)
+    kept = sw.keep_lost(label, initial, np.array([True, True, False]))
+    assert kept.dtype == np.uint8 and kept.tolist() == [[0, 2, 2, 0], [1, 1, 0, 255]]
+    assert label.tolist() == [[0, 0, 255, 0], [1, 1, 0, 255]], "the input is left as it is"
+
+
 def test_label_change_counts_what_is_no_background(tmp_path):
     class Folder:
         def path(self, folder, name): return tmp_path / folder / f"{name}.png"
