@@ -455,7 +455,7 @@ def test_runs_all_rounds(finished):
         assert 0 <= s["miou_fg"] <= 100 and s["split"] == ("val" if "val" in s["stage"] else "train")
     initial, first = entries[:2]
     assert 0 <= initial["missed"] <= 100 and initial["coverage"] <= 100
-    assert first["ratio"] == 0.9 and 0 <= first["change"] <= 100 and first["coverage"] > 50
+    assert first["ratio"] == sw.SOLIDS["ratio"] and 0 <= first["change"] <= 100 and first["coverage"] > 50
     assert [s["stage"] for s in entries if s["crf"]] == ["val_crf"]
     for place in FOLDERS:
         files = sorted((finished / place).glob("*.png"))
