@@ -439,7 +439,7 @@ def test_reuse_takes_the_stages_whose_fields_agree(tmp_path):
     assert set(run.results["reused"]) == {"net", "pseudo"}
     run, _, done, made = pipeline(Args(out=str(tmp_path / "c"), reuse=str(tmp_path / "a"), radius=2))
     assert not done and made == ["a", "b"] and set(run.results["reused"]) == {"net"}
-    run, _, done, made = pipeline(Args(out=str(tmp_path / "d"), reuse=str(tmp_path / "a"), lr=0.2))
+    run, _, done, made = pipeline(Args(out=str(tmp_path / "d"), reuse=str(tmp_path / "a"), lr=0.02))
     assert len(done) == 10 and made == ["a", "b"] and "reused" not in run.results
     with pytest.raises(UserError, match="args.json"):
         pipeline(Args(out=str(tmp_path / "e"), reuse=str(tmp_path)))
