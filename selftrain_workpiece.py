@@ -235,7 +235,7 @@ class Args:
     """of val_crf (Fig. 4, last row) [D11]"""
 
 
-# What two CPU cores do in ten minutes; everything else as the paper. Also `--preset shapes`, for a folder.
+# What a busy CPU core does in twenty minutes; the rest as the paper. Also `--preset shapes`, for a folder.
 SOLIDS = dict(
     backbone="tiny", weights="none", cam_stride=8, cam_steps=600, cam_batch=8, cam_lr=5e-4,
     enc_steps=2000, cam_share=0.08, cam_resize=(144, 160), cam_crop=160,
