@@ -316,6 +316,7 @@ class Run:
             if name.endswith("_batch") and size % world():
                 raise UserError(f"--{name.replace('_', '-')} {size} can not be split over {world()}")
         self.stage, self.marks, self.bar, self.writer = "", {}, None, None
+        if args.reuse and not self.dir.exists(): self.donor()             # a wrong folder: before this one is made
         if rank() == 0:
             self.lock()
             if args.fresh: self.clear()
@@ -534,14 +535,18 @@ class Run:
 
     # --- stages of another run ---
 
+    def donor(self):
+        """The fields of the run given as --reuse."""
+        theirs = read_json(Path(self.args.reuse) / "args.json")
+        if theirs is None:
+            raise UserError(f"--reuse {self.args.reuse} has no args.json; give the folder of a run")
+        return theirs
+
     def reuse_ok(self, stage):
         """Whether the run given as --reuse agrees in the fields of this stage and of all stages before it."""
         if not self.args.reuse or stage not in self.fields:
             return False
-        theirs = read_json(Path(self.args.reuse) / "args.json")
-        if theirs is None:
-            raise UserError(f"--reuse {self.args.reuse} has no args.json; give the folder of a run")
-        stages = list(self.fields)
+        theirs, stages = self.donor(), list(self.fields)
         needed = {name for before in stages[:stages.index(stage) + 1] for name in self.fields[before]}
         differ = differing(plain_fields(self.args), theirs, needed)
         if differ: self.say(f"[{stage}] not taken from {self.args.reuse}: {'; '.join(differ)}")

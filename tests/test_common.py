@@ -443,6 +443,7 @@ def test_reuse_takes_the_stages_whose_fields_agree(tmp_path):
     assert len(done) == 10 and made == ["a", "b"] and "reused" not in run.results
     with pytest.raises(UserError, match="args.json"):
         pipeline(Args(out=str(tmp_path / "e"), reuse=str(tmp_path)))
+    assert not (tmp_path / "e").exists()
 
 
 def test_reuse_takes_no_unfinished_training(tmp_path):
