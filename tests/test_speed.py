@@ -67,9 +67,9 @@ def test_kernel_and_textbook_form_agree(kernel):
 
 def test_the_lattices_come_near_the_direct_sums():
     make = speed.KERNELS["crf"][0]
-    ours, theirs = (np.stack(make(24, 3, 2, CPU, textbook)()).argmax(1) for textbook in (False, True))
-    start = np.stack([prob for prob in list(speed.pictures_of(24, 3, 2))[1]]).argmax(1)
-    assert (ours == theirs).mean() > 0.97 > (start == theirs).mean()
+    ours, theirs = (np.stack(make(24, 3, 2, CPU, textbook)()) for textbook in (False, True))
+    start = np.stack(list(speed.pictures_of(24, 3, 2))[1])
+    assert np.abs(ours - theirs).mean() < np.abs(start - theirs).mean() / 4
     make = speed.KERNELS["energy"][0]
     (energy, slope), (exact, exact_slope) = (make(24, 3, 2, CPU, textbook)() for textbook in (False, True))
     assert 0.4 < (energy / exact).item() < 1.1
