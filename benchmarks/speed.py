@@ -119,7 +119,7 @@ def attention_case(device, side, radius, hidden, batch=1):
 
     def windowed():
         out = a2gnn.eq3_17_18_attention(H, E, w, 10.0, pairs.window)
-        return out.reshape(batch, n, -1), torch.autograd.grad(out.square().sum(), H)
+        return out.reshape(batch, n, -1), torch.autograd.grad(out.square().sum(), H)[0]
 
     @functools.cache
     def full():
@@ -128,7 +128,7 @@ def attention_case(device, side, radius, hidden, batch=1):
 
     def dense():
         out = dense_attention(H.view(batch, n, -1), full(), w, 10.0)
-        return out, torch.autograd.grad(out.square().sum(), H)
+        return out, torch.autograd.grad(out.square().sum(), H)[0]
 
     return windowed, dense
 
