@@ -10,16 +10,22 @@
     python benchmarks/speed.py rrm --device cuda --preset paper    # the same at the paper's setting
     python benchmarks/speed.py cian                     # CIAN: parameters and MACs as in the paper's Table 1
     python benchmarks/speed.py schedule --run RUN      # A²GNN: a run's short GNN schedule against the paper's
+    python benchmarks/speed.py growth                   # exponents: pixels, classes, batch; textbook forms
+    python benchmarks/speed.py growth --device cuda     # the same on a GPU
+    python benchmarks/speed.py scale RUN RUN            # rates of finished runs; hours for VOC, COCO, 10^8
 
-Each number is the median of --repeats runs (5 or more) in one process, after one run that is not counted.
+Each number is the median of --repeats runs (5 or more) in one process, after one run that is not counted;
+those of scale are what the runs themselves recorded.
 Prints a table and writes benchmarks/results/<name>_<device>.json. A further subcommand is one
 more function below, entered in COMMANDS.
 """
 
 import functools
 import json
+import math
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -28,6 +34,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -60,22 +67,31 @@ def processor():
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def report(name, device, settings, rows):
-    """Prints rows (dicts with the same keys) and writes them with the machine's description."""
+def show(rows):
+    """Prints rows (dicts with the same keys)."""
     columns = list(rows[0])
     shown = lambda v: f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v)  # noqa: E731
     cells = [columns, *([shown(v) for v in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     print("\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in cells))
+
+
+def save(name, content):
+    file = ROOT / "benchmarks" / "results" / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written: {file.relative_to(ROOT)}")
+
+
+def report(name, device, settings, rows):
+    """Prints rows and writes them with the machine's description."""
+    show(rows)
     hardware = {"cpu": processor(), "cores": os.cpu_count()}
     if device.type == "cuda": hardware["gpu"] = torch.cuda.get_device_name(device)
-    file = ROOT / "benchmarks" / "results" / f"{name}_{device.type}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({
+    save(f"{name}_{device.type}", {
         "command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]]), "torch": torch.__version__,
         "threads": torch.get_num_threads(), "device": str(device), "hardware": hardware, "settings": settings,
-        "rows": rows}, indent=1) + "\n")
-    print(f"written: {file.relative_to(ROOT)}")
+        "rows": rows})
 
 
 # ── a2gnn ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -87,30 +103,39 @@ def dense_attention(H, E, w, beta):
     return logits.softmax(-1) @ H
 
 
-def attention_rows(device, repeats, side, radius, hidden):
-    """One layer forward and backward on a side x side grid: windowed, dense, the ratio of both."""
+def attention_case(device, side, radius, hidden, batch=1):
+    """One layer forward and backward on side x side grids, as two functions: windowed and dense."""
     import a2gnn
     n, generator = side * side, torch.Generator().manual_seed(0)
     H, f, w = (torch.rand(*s, generator=generator).to(device)
-               for s in ((1, side, side, hidden), (1, side, side, 32), (1,)))
+               for s in ((batch, side, side, hidden), (batch, side, side, 32), (batch,)))
     H.requires_grad_()
     place = torch.cartesian_prod(torch.arange(side), torch.arange(side)).to(device)
-    graph = types.SimpleNamespace(
-        x=f[0], f=f[0], colour=f[0, ..., :3], place=place.view(side, side, 2).float(), adjacent=None,
-        valid=torch.ones(side, side, 1, device=device))
-    pairs = a2gnn.Pairs([graph], radius)
+    graphs = [types.SimpleNamespace(
+        x=x, f=x, colour=x[..., :3], place=place.view(side, side, 2).float(), adjacent=None,
+        valid=torch.ones(side, side, 1, device=device)) for x in f]
+    pairs = a2gnn.Pairs(graphs, radius)
     E = a2gnn.eq3_14_edges(pairs.distance(), pairs.near, 1e-3)
-    full = torch.exp(-torch.cdist(f.view(1, n, -1), f.view(1, n, -1), p=1.0) / f.shape[-1])
-    full = full * (torch.cdist(place.float(), place.float(), p=float("inf")) <= radius)[None]
 
     def windowed():
         out = a2gnn.eq3_17_18_attention(H, E, w, 10.0, pairs.window)
-        return out.view(1, n, -1), torch.autograd.grad(out.square().sum(), H)
+        return out.reshape(batch, n, -1), torch.autograd.grad(out.square().sum(), H)[0]
+
+    @functools.cache
+    def full():
+        full = torch.exp(-torch.cdist(f.view(batch, n, -1), f.view(batch, n, -1), p=1.0) / f.shape[-1])
+        return full * (torch.cdist(place.float(), place.float(), p=float("inf")) <= radius)[None]
 
     def dense():
-        out = dense_attention(H.view(1, n, -1), full, w, 10.0)
-        return out, torch.autograd.grad(out.square().sum(), H)
+        out = dense_attention(H.view(batch, n, -1), full(), w, 10.0)
+        return out, torch.autograd.grad(out.square().sum(), H)[0]
 
+    return windowed, dense
+
+
+def attention_rows(device, repeats, side, radius, hidden):
+    """The layer of attention_case: windowed, dense, the ratio of both."""
+    windowed, dense = attention_case(device, side, radius, hidden)
     difference = (windowed()[0] - dense()[0]).abs().max().item()
     assert difference < 1e-3, f"windowed and dense attention differ by {difference}"
     (fast, fast_peak), (slow, slow_peak) = (measure(work, device, repeats) for work in (windowed, dense))
@@ -622,13 +647,283 @@ def dfr_speed(device: str = "cpu", threads: int = 1, repeats: int = 5, batch: in
     report(f"speed_dfr_{threads}_threads", device, settings, rows)
 
 
-COMMANDS = {"a2gnn": a2gnn_speed, "cian": cian_cost, "crf": crf_speed, "dfr": dfr_speed, "irnet": irnet_speed,
-            "rrm": rrm_speed, "schedule": a2gnn_schedule}                             # one entry a subcommand
+# ── growth ──────────────────────────────────────────────────────────────────────────────────────────────────
+def pictures_of(side, classes, batch):
+    """A square photograph, `batch` times, and made-up probabilities: lists of (H,W,3) and (C,H,W)."""
+    return zip(*(crf_case("astronaut", side, side, classes, seed) for seed in range(batch)))
+
+
+def crf_work(side, classes, batch, device, textbook=False):
+    """Mean field with PSA's parameters; textbook: the direct sum over all pixels instead of the lattice."""
+    import common
+    images, probs = map(list, pictures_of(side, classes, batch))
+    crf = common.CRF(*CRFS["psa"])
+    if not textbook: return lambda: common.dense_crf(images, probs, crf, device=device)
+    return lambda: exact_mean_field(images, probs, crf, device)
+
+
+def exact_mean_field(images, probs, crf, device):
+    """common.dense_crf's update with the N x N kernels themselves."""
+    results = []
+    for image, prob in zip(images, probs):
+        h, w = image.shape[:2]
+        place = torch.cartesian_prod(torch.arange(h, device=device), torch.arange(w, device=device)).float()
+        colour = torch.as_tensor(image, device=device).reshape(-1, 3)
+        G = 0
+        for f, weight in ((place / crf.gauss_xy, crf.gauss_w),
+                          (torch.cat([place / crf.bi_xy, colour / crf.bi_rgb], 1), crf.bi_w)):
+            K = torch.exp(-torch.cdist(f, f).square() / 2)
+            norm = K.sum(1).rsqrt()
+            G = G + weight * norm[:, None] * K * norm
+        unary = torch.as_tensor(prob, device=device).flatten(1).T.clamp_min(1e-10).log()
+        Q = unary.softmax(1)
+        for _ in range(crf.steps): Q = (unary + G @ Q).softmax(1)
+        results.append(Q.T.view_as(torch.as_tensor(prob)).cpu().numpy())
+    return results
+
+
+def energy_work(side, classes, batch, device, textbook=False):
+    """RRM's dense energy and its gradient; textbook: the direct sum over all pairs of pixels."""
+    import numpy as np
+    from common import dense_energy
+    images, probs = (torch.from_numpy(np.stack(part)).to(device)
+                     for part in pictures_of(side, classes, batch))
+    images, probs = images.permute(0, 3, 1, 2), probs.requires_grad_()
+
+    def work():
+        energy = dense_energy(images, probs, 15.0, 50.0, exact=textbook)
+        return energy, torch.autograd.grad(energy, probs)[0]
+    return work
+
+
+def walk_work(side, classes, batch, device, textbook=False):
+    """IRNet's Eqs. (12), (13) for `classes` maps; textbook: the power of the dense matrix by squaring."""
+    import irnet
+    args, generator = irnet.Args(), torch.Generator().manual_seed(0)
+    maps, B = (torch.rand(batch, *n, side, side, generator=generator).to(device) for n in ((classes,), ()))
+
+    def work():
+        transitions = [irnet.eq12_transitions(b, args.walk_radius, args.walk_beta) for b in B]
+        if not textbook: return irnet.eq13_random_walk(list(maps), transitions, args.walk_steps)
+        return [dense_walk(m.flatten(1).T, *t, args.walk_steps.bit_length() - 1).T.view_as(m)
+                for m, t in zip(maps, transitions)]
+    return work
+
+
+def attention_work(side, classes, batch, device, textbook=False):
+    """A²GNN's layer and its gradient with the paper's radius, 64 features; it knows no classes."""
+    return attention_case(device, side, 4, 64, batch)[textbook]
+
+
+def dfr_work(side, classes, batch, device, textbook=False):
+    """DFR's L_dfr and its gradient, 128 features, by shifts; textbook: an unfold of the window."""
+    import dfr
+    args, case = dfr.Args(), dfr_case(batch, side, classes, 128, device)
+    form = DFR_FORMS["unfold" if textbook else "shifts"]
+
+    def work():
+        loss = form(*case, args.radius, (args.sigma_xy, args.sigma_rgb, args.sigma_feature))
+        return loss, torch.autograd.grad(loss, case[0])[0]
+    return work
+
+
+# kernel: function, sides, numbers of classes and of images to measure, sides of the textbook form
+KERNELS = {"crf": (crf_work, (80, 120, 160, 240), (2, 4, 8, 16), (1, 2, 4, 8), (16, 24, 32, 48)),
+           "energy": (energy_work, (80, 120, 160, 240), (2, 4, 8, 16), (1, 2, 4, 8), (24, 32, 48, 64)),
+           "walk": (walk_work, (32, 48, 64, 96), (2, 4, 8, 16), (1, 2, 4, 8), (16, 20, 24, 32)),
+           "attention": (attention_work, (24, 32, 48, 64), (), (1, 2, 4, 8), (16, 24, 32, 40)),
+           "dfr": (dfr_work, (24, 32, 48, 64), (5, 10, 20, 40), (1, 2, 4, 8), (16, 20, 24, 32))}
+
+
+def exponent(sizes, seconds):
+    """p of seconds ~ size^p: the slope of the least squares line through the logarithms."""
+    return statistics.linear_regression([math.log(s) for s in sizes], [math.log(s) for s in seconds]).slope
+
+
+def busy_proof(work, device, repeats):
+    """As measure, but on the CPU the process' own CPU seconds: other jobs do not count."""
+    if device.type == "cuda": return measure(work, device, repeats)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.process_time()
+        work()
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds[1:]), None
+
+
+def growth_row(kernel, against, sizes, works, device, repeats):
+    seconds = [busy_proof(work, device, repeats) for work in works]
+    return {"kernel": kernel, "against": against, "sizes": list(sizes),
+            "seconds": [float(f"{s:.3g}") for s, _ in seconds],
+            "exponent": exponent(sizes, [s for s, _ in seconds]), "peak_mb": seconds[-1][1], "ratio": None}
+
+
+def growth_rows(kernel, device, repeats):
+    """A kernel's rows: against pixels, classes and batch, the others fixed; then its textbook form."""
+    work, sides, classes, batches, textbook_sides = KERNELS[kernel]
+    side, many, rows = sides[1], classes[1] if classes else 0, []
+    grids = {"pixels": [(s, many, 1) for s in sides], "classes": [(side, c, 1) for c in classes],
+             "batch": [(side, many, b) for b in batches]}
+    for against, cases in grids.items():
+        sizes = {"pixels": [s * s for s in sides], "classes": classes, "batch": batches}[against]
+        if sizes: rows.append(growth_row(kernel, against, sizes, (work(*case, device) for case in cases),
+                                         device, repeats))
+    cases = [(s, many, 1, device, True) for s in textbook_sides]
+    rows.append(growth_row(f"{kernel}, textbook", "pixels", [s * s for s in textbook_sides],
+                           (work(*case) for case in cases), device, repeats))
+    ours, _ = busy_proof(work(*cases[-1][:-1]), device, repeats)
+    rows[-1]["ratio"] = rows[-1]["seconds"][-1] / ours
+    return rows
+
+
+def growth(device: str = "cpu", repeats: int = 5, kernels: tuple[str, ...] = tuple(KERNELS)) -> None:
+    """How the seconds of each kernel grow: the fitted exponent against pixels, classes and images of a batch.
+
+    On the CPU one thread, and its CPU seconds, which other jobs on the machine change little. The sizes are
+    small, so constant costs flatten the exponents. pixels: cells for walk, attention and dfr.
+    textbook: N x N sums; for dfr an unfold. ratio: its seconds against ours at its largest size. peak_mb: of
+    the largest size, on a GPU. Tests compare values of kernel and textbook form; the lattice only comes near.
+    """
+    if repeats < 5: raise SystemExit(f"--repeats {repeats}: a median needs at least 5")
+    wrong = set(kernels) - set(KERNELS)
+    if wrong: raise SystemExit(f"--kernels {' '.join(sorted(wrong))}: choose from {' '.join(KERNELS)}")
+    torch.set_num_threads(1)
+    device, rows = torch.device(device), []
+    for kernel in kernels:
+        rows += growth_rows(kernel, device, repeats)
+        print(f"measured: {kernel}", flush=True)
+    report("growth", device, {"repeats": repeats}, rows)
+
+
+# ── scale ───────────────────────────────────────────────────────────────────────────────────────────────────
+SETS = {"VOC": 10_582, "COCO": 82_081, "10^8": 10**8}
+BATCHES = {"classifier": "cam_batch", "affinity": "aff_batch", "irnet": "irn_batch", "joint": "joint_batch",
+           "encoder": "enc_batch", "generator": "gen_batch", "segmenter": "seg_batch",
+           "aux_segmenter": "seg_batch", "detector": "inst_batch"}      # trained network: its field in args
+ASSUMPTIONS = """Assumed, not measured:
+- training keeps the run's epochs, so its steps grow with the images; label synthesis grows with the images;
+  a stage on other pictures (rendered, or an auxiliary set) is taken to grow as well;
+- synthesis divides over all processes; a training over at most its batch, by a number that divides the batch;
+- scaling over processes is perfect: no time for gradients, loading, or waiting for the slowest;
+- network, crop, picture size and epochs are those of the run and its preset, not the paper's unless the run
+  was; evaluation and prediction are not counted; the run was one process on a device that may have been busy.
+"""
+
+
+def read_run(folder):
+    """Its path, results.json and state.json."""
+    files = [Path(folder) / name for name in ("results.json", "state.json")]
+    for file in files:
+        if not file.exists(): raise SystemExit(f"{folder}: no {file.name}; give the folder of a finished run")
+    return Path(folder), *(json.loads(file.read_text()) for file in files)
+
+
+def step_seconds(folder):
+    """Seconds of a training step of each network, from the first to the last line of its log."""
+    lines, file = {}, folder / "log.jsonl"
+    for line in map(json.loads, file.read_text().splitlines() if file.exists() else []):
+        lines.setdefault(line["stage"], []).append(line)
+    return {stage: (log[-1]["seconds"] - log[0]["seconds"]) / (log[-1]["step"] - log[0]["step"])
+            for stage, log in lines.items() if len(log) > 1}
+
+
+def stages_of(run):
+    """A run's stages {name: kind, seconds, step_s, batch} and the names of those that it can not time.
+
+    A stage that was taken over (--reuse) has the time of the run that made it, if that is still there and of
+    the same device.
+    """
+    folder, results, state = run
+    steps, found, missing = step_seconds(folder), {}, []
+    for stage, seconds in state["seconds"].items():
+        network = re.sub(r"_?\d+$", "", stage)
+        if stage in results.get("reused", {}):
+            theirs = Path(results["reused"][stage])
+            other = read_run(theirs) if (theirs / "results.json").exists() else None
+            same = other and other[1]["device"] == results["device"]
+            before = stages_of(other)[0].get(stage) if same else None
+            if before: found[stage] = before
+            else: missing.append(stage)
+        elif network in BATCHES:
+            found[stage] = {"kind": "training", "seconds": seconds, "step_s": steps.get(stage),
+                            "batch": results["args"][BATCHES[network]]}
+        else:
+            kind = "inference" if stage.startswith(("val", "test")) else "labels"
+            found[stage] = {"kind": kind, "seconds": seconds}
+    return found, missing
+
+
+def images_of(results, split):
+    """Pictures of the training or validation split; scl's episodes; else what the data set counts itself."""
+    from data import load
+    entries = [entry for entry in results["stages"] if entry.get("split") == split]
+    known = [entry.get("n_images", entry.get("episodes")) for entry in entries]
+    return known[0] if known else len(load(types.SimpleNamespace(**results["args"]), split))
+
+
+def rates_of(run):
+    """One row: the last network's step, all label synthesis together, the last evaluation, memory."""
+    (folder, results, _), (stages, missing) = run, stages_of(run)
+    kinds = {kind: [stage for stage in stages if stages[stage]["kind"] == kind]
+             for kind in ("training", "labels", "inference")}
+    network, test = (kinds[kind][-1] if kinds[kind] else None for kind in ("training", "inference"))
+    labels = sum(stages[stage]["seconds"] for stage in kinds["labels"])
+    peaks = [entry["peak_memory_mb"] for entry in results["stages"] if entry.get("peak_memory_mb")]
+    train, val = images_of(results, "train"), images_of(results, "val")
+    method, args = re.search(r"(\w+)\.py", results["command"]).group(1), results["args"]
+    return {"run": f"{method} {folder.name}", "device": results["device"], "preset": args["preset"],
+            "train": train, "network": network, "step_s": stages[network]["step_s"] if network else None,
+            "labels_per_s": train / labels if labels else None,
+            "inference_per_s": val / stages[test]["seconds"] if test else None,
+            "peak_mb": max(peaks, default=None), "not_timed": ", ".join(missing)}
+
+
+def hours(stages, factor, processes):
+    """Hours of training and of label synthesis of `factor` times the run's images on so many processes."""
+    total = {"training": 0.0, "labels": 0.0, "inference": 0.0}
+    for stage in stages.values():
+        limit = stage.get("batch", processes)
+        used = max(n for n in range(1, processes + 1) if limit % n == 0)
+        total[stage["kind"]] += stage["seconds"] * factor / used / 3600
+    return total["training"], total["labels"]
+
+
+def scale(runs: tyro.conf.Positional[tuple[str, ...]], processes: tuple[int, ...] = (8, 1024)) -> None:
+    """Rates of finished run folders, and hours for VOC, COCO and 10^8 images on 1 and on --processes devices.
+
+    step_s: a step of the last trained network. labels_per_s: all label synthesis together. inference_per_s:
+    the last evaluation (episodes a second for scl), with its scales, CRF and scores. training_h, labels_h: on
+    one device. not_timed: stages that were taken over from a run that is gone; they are missing in the hours.
+    """
+    if not runs: raise SystemExit("give at least one run folder")
+    folders = [read_run(run) for run in runs]
+    kinds = {results["device"].split()[0] == "cpu" for _, results, _ in folders}
+    if len(kinds) > 1: raise SystemExit("runs on CPUs and on GPUs: give those of one kind")
+    rates, rows = [rates_of(run) for run in folders], []
+    for run, rate in zip(folders, rates):
+        stages, _ = stages_of(run)
+        for name, images in SETS.items():
+            training, labels = hours(stages, images / rate["train"], 1)
+            rows.append({"run": rate["run"], "data": name, "images": images, "training_h": training,
+                         "labels_h": labels, "hours_1": training + labels,
+                         **{f"hours_{n}": sum(hours(stages, images / rate["train"], n)) for n in processes}})
+    show(rates)
+    show(rows)
+    print(ASSUMPTIONS)
+    save(f"scale_{'cpu' if kinds == {True} else 'cuda'}", {
+        "command": "python benchmarks/speed.py scale RUN ...", "assumptions": ASSUMPTIONS, "rates": rates,
+        "stages": {rate["run"]: stages_of(run)[0] for run, rate in zip(folders, rates)},
+        "git": {rate["run"]: results["git"] for (_, results, _), rate in zip(folders, rates)}, "hours": rows})
+
+
+
+COMMANDS = {"a2gnn": a2gnn_speed, "cian": cian_cost, "crf": crf_speed, "dfr": dfr_speed, "growth": growth,
+            "irnet": irnet_speed, "rrm": rrm_speed, "scale": scale,
+            "schedule": a2gnn_schedule}                                               # one entry a subcommand
 
 
 def main():
-    from tyro.extras import subcommand_cli_from_dict
-    subcommand_cli_from_dict(COMMANDS, description=__doc__)
+    tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__)
 
 
 if __name__ == "__main__":
