@@ -326,7 +326,7 @@ class Args:
 # What two CPU cores do in minutes; everything else as the paper.
 SHAPES = dict(
     backbone="tiny", cam_backbone="tiny", weights="none", stride=4, cam_stride=8, seg_stride=4,
-    cam_steps=1200, cam_warmup=900, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
+    cam_steps=4000, cam_warmup=3000, cam_lr=0.05, cam_momentum=0.9, cam_crop=96, cam_resize=(96, 128),
     er_scale=0.6, aff_steps=120, aff_batch=8, walk_steps=16, hidden=64,
     seg_steps=4000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rates=(3, 6, 9, 12),
     seg_rescale=(0.75, 1.25), test_scales=(0.75, 1.0, 1.25),

@@ -316,7 +316,7 @@ class Run:
             if name.endswith("_batch") and size % world():
                 raise UserError(f"--{name.replace('_', '-')} {size} can not be split over {world()}")
         self.stage, self.marks, self.bar, self.writer = "", {}, None, None
-        if args.reuse and not self.dir.exists(): self.donor()             # a wrong folder: before this one is made
+        if args.reuse and not self.dir.exists(): self.donor()                   # a wrong folder: say so now
         if rank() == 0:
             self.lock()
             if args.fresh: self.clear()

@@ -465,7 +465,8 @@ def folder_cases():
     yield Case("folders", "--out with a broken args.json", broken_json("out"), cian(), "args.json", made)
     yield Case("folders", "--out in use by another process", nothing, held(cian()), "out: another", made)
     yield Case("folders", "--reuse: no run", nothing, cian("--reuse", "{place}/none"), "--reuse")
-    yield Case("folders", "--reuse: a file", lambda p: (p / "f").touch(), cian("--reuse", "{place}/f"), "--reuse")
+    yield Case("folders", "--reuse: a file", lambda p: (p / "f").touch(), cian("--reuse", "{place}/f"),
+               "--reuse")
     yield Case("folders", "--reuse: broken args.json", broken_json("reused"),
                cian("--reuse", "{place}/reused"), "args.json")
     yield Case("folders", "disk full: a label map", nothing, write_to_full_device, "labels.png")
