@@ -57,7 +57,7 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
              [D17] SEAM's code also has a background channel in L_ECR and a min-pooling term in L_cls
              [D18] points: §3.6.1's "same setting with the scribble task" is read as the merge with M'_I: M_P
                   alone has no background; SLIC's settings are unreleased; the authors' README adds the random
-                  walk for points too, the paper for tags alone
+                  walk for points too (--point-walk), the paper for tags alone
              [D19] without pretrained weights the first --cam-warmup steps train the tags alone (0 by default)
              [D20] pseudo instances: a pixel in several boxes of its class goes to the smallest, a box without
                   pixels teaches nothing; the detector's boxes are the given ones (paper silent). True ones,
@@ -269,7 +269,9 @@ class Args:
     balanced_ce: bool = False
     """authors' code: foreground and background averaged apart [D9]"""
     walk_share: float = 3.0
-    """image tags only, §3.6.1: pseudo labels are GNN + this many times the random walk"""
+    """image tags, §3.6.1: pseudo labels are GNN + this many times the random walk"""
+    point_walk: bool = False
+    """the same for points (authors' README; the paper has it for tags alone) [D18]"""
     batch_images: int = 8
     """graphs trained side by side, each with its own parameters; does not change the result"""
     gnn_crf: CRF = CRF(2, 3, 50, 5, 10, 10)
@@ -342,8 +344,9 @@ PHOTOS = dict(
     inst_steps=1000, inst_batch=4, inst_lr=0.005, inst_warmup=100, inst_size=320, inst_width=128,
     inst_rois=128)
 
-# Folders of the seeds in the run.
+# Folders of the seeds in the run; supervisions whose GNN has seeds of its own, seeds_gnn (§3.6.1).
 SEEDS = {"M_g": "seeds", "M_F": "seeds_F"}
+OWN_NODES = ("scribble", "point")
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
     "classifier": "data root train_list seed amp weights cam_backbone cam_stride cam_steps cam_warmup "
@@ -355,7 +358,7 @@ FIELDS = {stage: names.split() for stage, names in {
     "walk": "walk_bg walk_beta walk_steps gnn_crf",
     "pseudo": "gnn seed_labels nodes edges radius attention_only edge_only hidden layers beta sigma epochs "
               "gnn_lr gnn_weight_decay dropout reg w_reg reg_radius mp_loss mp_feature consistency "
-              "consistency_cosine consistency_in_place balanced_ce walk_share",
+              "consistency_cosine consistency_in_place balanced_ce walk_share point_walk",
     "segmenter": "backbone train_on segmenter seg_auxiliary seg_steps seg_batch seg_lr seg_crop seg_rescale "
                  "seg_stride seg_rates",
     "detector": "inst_steps inst_batch inst_lr inst_weight_decay inst_warmup inst_size inst_width inst_rois",
@@ -1354,7 +1357,7 @@ def prototype_products(g, H, H_points, valid, cosine):
 
 def write_pseudo(args, run, net, train_set):
     """One A²GNN per image, `batch_images` side by side; then CRF.   Writes pseudo_raw/*.png, pseudo/*.png"""
-    folder = "seeds_gnn" if args.supervision in ("scribble", "point") else SEEDS[args.seed_labels]
+    folder = "seeds_gnn" if args.supervision in OWN_NODES else SEEDS[args.seed_labels]
     with run.timed("pseudo"):
         for names in run.todo(train_set.names, "pseudo", args.batch_images, stage="pseudo",
                               beside=("pseudo_raw",)):
@@ -1363,7 +1366,7 @@ def write_pseudo(args, run, net, train_set):
             g = make_graphs(args, net, samples, seeds, run.device)
             O = train_gnn(args, g, names).cpu().numpy()
             probs = [o[:len(own), :H, :W] for o, own, (H, W) in zip(O, g.classes, g.sizes)]
-            if args.supervision == "image":                                             # §3.6.1: 1 to 3
+            if args.supervision == "image" or args.supervision == "point" and args.point_walk:    # §3.6.1
                 cams = [read_cam(run, name, len(train_set.classes)) for name in names]
                 probs = [(prob + args.walk_share * walk_image(args, net, s, cam, run.device)[own])
                          / (1 + args.walk_share)
@@ -1690,8 +1693,9 @@ def save_panels(args, run, split):
     if rank() > 0:
         return
     train, instance = split == "train", args.task == "instance"
-    columns = ({"seeds_F": "seed M_F", "seeds": "seed M_g", "walk": "walk", "pseudo_raw": "A2GNN",
-                "pseudo": "A2GNN + CRF"} if train else
+    seeds = ({"seeds": "seed, affinity CNN", "seeds_gnn": "seed M_g"} if args.supervision in OWN_NODES else
+             {"seeds_F": "seed M_F", "seeds": "seed M_g"})
+    columns = ({**seeds, "walk": "walk", "pseudo_raw": "A2GNN", "pseudo": "A2GNN + CRF"} if train else
                {} if instance else {"val": "prediction", "val_crf": "prediction + CRF"})
     objects = ({} if not instance else {"instances": "instances"} if train else
                {"val_instance": "instances", "val_instance_crf": "instances + CRF"})

@@ -1265,6 +1265,16 @@ def test_runs_without_boxes(supervision, folders, tmp_path):
     assert len(nodes) == (0 if supervision == "image" else 6)
 
 
+@pytest.mark.parametrize("supervision", ["point", "image"])
+def test_a_large_share_of_the_walk_decides_alone(supervision, folders, tmp_path):
+    few = dict(supervision=supervision, cam_steps=2, aff_steps=2, seg_steps=2, crf="none")
+    walk = ["--point-walk"] if supervision == "point" else []
+    run_here(*command(folders, tmp_path, walk_share=1e6, **few), *walk)
+    for file in sorted((tmp_path / "walk").glob("*.png")):
+        label, alone = read_label(tmp_path / "pseudo_raw" / file.name), read_label(file)
+        assert (label == alone).mean() > 0.99
+
+
 def test_predicts_a_folder_and_a_picture(finished, folders, tmp_path):
     pictures = folders["workpiece"] / "val" / "images"
     few = tmp_path / "photos"
