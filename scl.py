@@ -893,12 +893,13 @@ def write_test(args, run, net, val_set, episodes):
                 for setting, predicted in found.items():
                     mask = (s if setting == "self" else q).mask
                     counts.setdefault(setting, []).append(counts_of(predicted, class_mask(mask, k)))
-                labels = [*(found[setting] for setting in settings(args)), q.mask == k]
-                labels = [overlay(q.image, label) for label in labels]
-                panels.append([overlay(s.image, s.mask == k), q.image, *labels])
-            if name == names[0]:
+                if name == names[0] and len(panels) < 16:
+                    labels = [*(found[setting] for setting in settings(args)), q.mask == k]
+                    labels = [overlay(q.image, label) for label in labels]
+                    panels.append([overlay(s.image, s.mask == k), q.image, *labels])
+            if panels:
                 titles = ["support", "query", *settings(args), "ground truth"]
-                contact_sheet(run.path("panels", "test"), panels[:16], titles)
+                contact_sheet(run.path("panels", "test"), panels, titles)
             save_npz(run.path("test", name, ".npz"), **{key: np.array(rows) for key, rows in counts.items()})
 
 
