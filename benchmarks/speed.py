@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -888,7 +887,7 @@ def hours(stages, factor, processes):
     return total["training"], total["labels"]
 
 
-def scale(runs: tyro.conf.Positional[tuple[str, ...]], processes: tuple[int, ...] = (8, 1024)) -> None:
+def scale(runs: tuple[str, ...], processes: tuple[int, ...] = (8, 1024)) -> None:
     """Rates of finished run folders, and hours for VOC, COCO and 10^8 images on 1 and on --processes devices.
 
     step_s: a step of the last trained network. labels_per_s: all label synthesis together. inference_per_s:
@@ -923,7 +922,14 @@ COMMANDS = {"a2gnn": a2gnn_speed, "cian": cian_cost, "crf": crf_speed, "dfr": df
 
 
 def main():
-    tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__)
+    import tyro
+    from tyro.extras import subcommand_cli_from_dict
+
+    def positional(runs: tyro.conf.Positional[tuple[str, ...]], processes: tuple[int, ...] = (8, 1024)):
+        scale(runs, processes)
+
+    positional.__doc__ = scale.__doc__
+    subcommand_cli_from_dict({**COMMANDS, "scale": positional}, description=__doc__)
 
 
 if __name__ == "__main__":
