@@ -12,6 +12,7 @@
     python benchmarks/speed.py schedule --run RUN      # A²GNN: a run's short GNN schedule against the paper's
     python benchmarks/speed.py growth                   # exponents: pixels, classes, batch; textbook forms
     python benchmarks/speed.py growth --device cuda     # the same on a GPU
+    python benchmarks/speed.py steps --device cuda --preset paper    # a training step of every file
     python benchmarks/speed.py scale RUN RUN            # rates of finished runs; hours for VOC, COCO, 10^8
 
 Each number is the median of --repeats runs (5 or more) in one process, after one run that is not counted;
@@ -915,10 +916,151 @@ def scale(runs: tuple[str, ...], processes: tuple[int, ...] = (8, 1024)) -> None
         "git": {rate["run"]: results["git"] for (_, results, _), rate in zip(folders, rates)}, "hours": rows})
 
 
+# ── steps ───────────────────────────────────────────────────────────────────────────────────────────────────
+class FixedBatch:
+    """Stands in for Run in a file's own training function: one batch, drawn once, comes again and again.
+
+    Its steps() times what the file does with the batch, augmentation and loading left out. Every label folder
+    that a file reads holds the ground truth of the data set.
+    """
+
+    def __init__(self, args, device, repeats, labels):
+        self.args, self.device, self.repeats, self.labels, self.rows = args, device, repeats, labels, []
+        self.dir = labels.parent
+
+    def reseed(self, *key):
+        torch.manual_seed(0)
+
+    def log(self, step, **values):
+        """A real run reads its losses every 20 steps."""
+
+    def autocast(self):
+        half = self.args.amp and self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+
+    def place(self, net):
+        return net.to(self.device, memory_format=torch.channels_last)
+
+    def steps(self, stage, draws, steps, batch, net, optim, schedule=None):
+        """Yields (step, batch) 1 + repeats times; a row of the median of all but the first."""
+        from common import to_device
+        from data import collate
+        sample = to_device(collate([draws[n] for n in range(batch)]), self.device)
+        for group in optim.param_groups: group["lr"] = 0.0          # the network stays what it is
+        cuda, seconds = self.device.type == "cuda", []
+        if cuda: torch.cuda.reset_peak_memory_stats(self.device)
+        start = max(0, steps - self.repeats - 1)                    # the last steps: every loss is on
+        for step in range(start, start + self.repeats + 1):
+            if cuda: torch.cuda.synchronize(self.device)
+            began = time.perf_counter()
+            yield step, sample
+            if cuda: torch.cuda.synchronize(self.device)
+            seconds.append(time.perf_counter() - began)
+        median = statistics.median(seconds[1:])
+        size = tuple(sample.image.shape)
+        self.rows.append({"stage": stage, "images": size[0], "crop": f"{size[3]}x{size[2]}", "seconds": median,
+                          "images_per_s": size[0] / median,
+                          "peak_mb": torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None})
+
+
+def labels_everywhere(run, dataset, folders):
+    """The ground truth of a data set as the label folders of a run."""
+    from common import save_label
+    for name in dataset.names:
+        save_label(run.labels / f"{name}.png", dataset[dataset.index(name)].mask)
+    for folder in folders: (run.dir / folder).symlink_to(run.labels, target_is_directory=True)
+
+
+def tags_of(dataset):
+    import numpy as np
+    return np.array([np.asarray(dataset[i].tags) for i in range(len(dataset))], bool)
+
+
+def a2gnn_steps(a2gnn, args, run, train_set):
+    classifier = a2gnn.train_classifier(args, run, train_set)
+    a2gnn.train_affinity(args, run, classifier, train_set)
+    a2gnn.train_segmenter(args, run, train_set)
+
+
+def irnet_steps(irnet, args, run, train_set):
+    classifier = irnet.train_classifier(args, run, train_set)
+    irnet.train_irnet(args, run, classifier, train_set)
+    irnet.train_segmenter(args, run, train_set)
+
+
+def rrm_steps(rrm, args, run, train_set):
+    rrm.train_joint(args, run, None, train_set)
+
+
+def cian_steps(cian, args, run, train_set):
+    cian.train_classifier(args, run, train_set)
+    cian.train_round(args, run, train_set, tags_of(train_set), "seeds", 1, None)
+
+
+def dfr_steps(dfr, args, run, train_set):
+    dfr.train_segmenter(args, run, train_set)
+
+
+def lpg_steps(lpg, args, run, train_set):
+    lpg.settle_args(args)
+    lpg.train_segmenter(args, run, "segmenter_1", train_set, "pseudo_1", 1)
+    lpg.train_generator(args, run, 1, train_set, None)
+
+
+def scl_steps(scl, args, run, train_set):
+    scl.settle(args)
+    backbone = scl.make_encoder(args, "none").freeze()
+    scl.train_segmenter(args, run, train_set, tags_of(train_set), backbone)
+
+
+def selftrain_steps(selftrain, args, run, train_set):
+    rendered = selftrain.load_rendered(args, train_set.classes)
+    real = selftrain.with_labels(train_set, pseudo=run.labels)
+    selftrain.train_round(args, run, "segmenter_1", args.seg_steps, 1, real, rendered, None)
+
+
+# file: its function above, the label folders that it reads
+STEPS = {"a2gnn": (a2gnn_steps, ("seeds", "seeds_F", "pseudo")), "irnet": (irnet_steps, ("relations", "pseudo")),
+         "rrm": (rrm_steps, ()), "cian": (cian_steps, ("seeds",)), "dfr": (dfr_steps, ()),
+         "lpg": (lpg_steps, ("pseudo_1",)), "scl": (scl_steps, ()), "selftrain_workpiece": (selftrain_steps, ())}
+
+
+def steps(device: str = "cpu", preset: Literal["shapes", "photos", "paper"] = "shapes", repeats: int = 5,
+          threads: int = 0, methods: tuple[str, ...] = tuple(STEPS)) -> None:
+    """Seconds and peak memory of a training step of each file's networks, by the file's own training code.
+
+    The scenes are those of shapes (of solids), cropped or padded to the preset's crop; weights are random,
+    which does not change the time. One batch is drawn once: loading and augmentation are not in the numbers.
+    """
+    import importlib
+    import tempfile
+
+    from data import load
+    if repeats < 5: raise SystemExit(f"--repeats {repeats}: a median needs at least 5")
+    wrong = set(methods) - set(STEPS)
+    if wrong: raise SystemExit(f"--methods {' '.join(sorted(wrong))}: choose from {' '.join(STEPS)}")
+    if threads: torch.set_num_threads(threads)
+    device, rows = torch.device(device), []
+    for method in methods:
+        module, (work, folders) = importlib.import_module(method), STEPS[method]
+        own = getattr(module, "SOLIDS", None) or module.SHAPES
+        size = {"shapes": own, "photos": module.PHOTOS, "paper": {}}[preset]
+        args = module.Args(**{**size, "weights": "none", "train_list": "train"})
+        if getattr(args, "cam_backbone", "") == "same": args.cam_backbone = args.backbone
+        train_set = load(args, "train", masks=True)
+        with tempfile.TemporaryDirectory() as folder:
+            run = FixedBatch(args, device, repeats, Path(folder) / "labels")
+            if folders or own is not getattr(module, "SHAPES", None): labels_everywhere(run, train_set, folders)
+            work(module, args, run, train_set)
+        rows += [{"file": method, **row} for row in run.rows]
+        show(rows[-len(run.rows):])
+        if device.type == "cuda": torch.cuda.empty_cache()
+    report(f"steps_{preset}", device, dict(repeats=repeats, preset=preset), rows)
+
 
 COMMANDS = {"a2gnn": a2gnn_speed, "cian": cian_cost, "crf": crf_speed, "dfr": dfr_speed, "growth": growth,
             "irnet": irnet_speed, "rrm": rrm_speed, "scale": scale,
-            "schedule": a2gnn_schedule}                                               # one entry a subcommand
+            "schedule": a2gnn_schedule, "steps": steps}                                # one entry a subcommand
 
 
 def main():
