@@ -626,7 +626,7 @@ def train_round(args, run, train_set, tags, folder, number, net):
     draws = Groups(labelled, train_augment(args), 10 * args.seed + number, tags, args.references, args.pairs)
     steps, s = args.seg_steps if number == 1 else args.retrain_steps, net.stride
     for step, batch in run.steps(stage, draws, steps, args.seg_batch, net, optim, poly(steps)):     # [D10]
-        references = others_of_group(len(batch.image), args.references) if args.cross else None
+        references = others_of_group(len(batch.image), args.references).to(run.device) if args.cross else None
         with run.autocast():
             scores = ddp(batch.image, references)
         label = (batch.mask if full else batch.seed)[:, ::s, ::s]                       # [D13]

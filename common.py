@@ -437,7 +437,8 @@ class Run:
         first = [t * batch + rank() * part for t in range(start, steps)]
         loader = torch.utils.data.DataLoader(
             draws, batch_sampler=[range(n, n + part) for n in first], num_workers=self.args.workers,
-            collate_fn=collate, generator=torch.Generator())    # its own, to leave the global one alone
+            collate_fn=collate, pin_memory=self.device.type == "cuda",
+            generator=torch.Generator())                        # its own, to leave the global one alone
         with self.timed(stage), self.progress(steps, start, stage) as self.bar:
             for step, sample in enumerate(loader if first else (), start):
                 for group in optim.param_groups:
@@ -612,7 +613,7 @@ class Run:
 def to_device(sample, device):
     """Moves a batch's tensors, and those in its lists, to the device."""
     def move(value):
-        if torch.is_tensor(value): return value.to(device)
+        if torch.is_tensor(value): return value.to(device, non_blocking=True)
         return [move(item) for item in value] if isinstance(value, list) else value
     return type(sample)(**{key: move(value) for key, value in vars(sample).items()})
 

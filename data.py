@@ -65,6 +65,13 @@ class Sample(types.SimpleNamespace):
     0 = none, 1.. = objects, 255 = border. Stages attach further label maps: seed, pseudo (H,W) uint8.
     """
 
+    def pin_memory(self):
+        """For torch's loader: the tensors, also those in lists, in memory that a GPU reads by itself."""
+        def pinned(value):
+            if torch.is_tensor(value): return value.pin_memory()
+            return [pinned(item) for item in value] if isinstance(value, list) else value
+        return Sample(**{key: pinned(value) for key, value in vars(self).items()})
+
 
 # ── Transforms: Sample -> Sample; the given one stays as it is, all fields stay aligned ───────────
 

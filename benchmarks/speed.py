@@ -53,7 +53,9 @@ def clock(work, device):
 def measure(work, device, repeats):
     """Median seconds of work() and peak memory of the GPU in MB (None on the CPU)."""
     cuda = device.type == "cuda"
-    if cuda: torch.cuda.reset_peak_memory_stats(device)
+    if cuda:
+        torch.cuda.synchronize(device)                          # the statistics want a GPU that has started
+        torch.cuda.reset_peak_memory_stats(device)
     seconds = [clock(work, device) for _ in range(repeats + 1)]
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else None
     return statistics.median(seconds[1:]), peak
