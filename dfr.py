@@ -41,7 +41,8 @@ Departures   [D1] Swin-B starts from torchvision's ImageNet-1k weights; the pape
              [D13] the grid is 1/4 of the image for every backbone; batch norms that start from ImageNet stay
                   fixed; no weight decay for any norm layer; logits by torch's bilinear
              [D14] presets: window, σ_xy and λ1 scaled with the smaller grid (λ1 times the number of partners
-                  stays 1.2), σ3 with √d; widths lowered; rates for few steps
+                  stays 1.2), σ3 with √d; widths lowered; rates for few steps, on photographs the layers
+                  behind the backbone ten times as fast: a step of AdamW moves a weight by the rate at most
              [D15] the biases of the head's own layer start at 1 (paper silent): until confident pairs of two
                   classes come, nothing holds features apart, and from torch's start the ReLU of each channel
                   dies meanwhile, so that F is 0 for good; AdamW divides λ2 out of this layer's steps
@@ -166,6 +167,8 @@ class Args:
     """§4.3.2: images a step, over all processes"""
     seg_lr: float = 3e-5
     """§4.3.2, AdamW; Swin's own default is 6e-5"""
+    head_rate: float = 1.0
+    """rate of all layers behind the backbone, times seg_lr; the paper has one rate for all [D14]"""
     warmup: int = 1500
     """first steps with a rate that grows linearly from 1e-6 of it; power 1 decay over all steps"""
     weight_decay: float = 0.01
@@ -193,7 +196,7 @@ SHAPES = dict(
 # A few hundred photographs with a small pretrained backbone on two CPU cores.
 PHOTOS = dict(
     backbone="mobilenet_v2", train_list="train", width=64, feature_dim=32, sigma_feature=25, radius=3,
-    sigma_xy=3.6, w_dfr=0.025, seg_steps=1000, seg_batch=8, seg_lr=2e-4, warmup=50,
+    sigma_xy=3.6, w_dfr=0.025, seg_steps=1000, seg_batch=8, seg_lr=2e-4, head_rate=10, warmup=50,
     seg_crop=257, fit=(1028, 257), test_scales=(0.75, 1.0, 1.25))
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
@@ -201,7 +204,7 @@ FIELDS = {"segmenter": (
     "data root train_list supervision seed amp weights backbone width blocks dropout drop_path aux_head "
     "w_aux scribble_length dfr_loss w_dfr kernel radius sigma_xy sigma_rgb sigma_feature consistency_head "
     "feature_dim fd_loss fr_loss w_feature fr_pairs consistency_labels gamma seg_steps seg_batch "
-    "seg_lr warmup weight_decay seg_crop fit seg_rescale cat_max_ratio photometric").split()}
+    "seg_lr head_rate warmup weight_decay seg_crop fit seg_rescale cat_max_ratio photometric").split()}
 
 
 def listed(text, allowed, flag):
@@ -600,16 +603,18 @@ def make_dfr(args, weights, classes):
     return net
 
 
-def parameter_groups(net, weight_decay):
-    """Optimiser groups: norms and relative positions do not decay.   [D13]"""
+def parameter_groups(net, weight_decay, lr, head_rate):
+    """Optimiser groups: norms and relative positions do not decay [D13]; rate of the layers behind the
+    backbone times head_rate [D14]."""
     norms = {id(p) for m in net.modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm))
              for p in m.parameters()}
-    groups = {weight_decay: [], 0.0: []}
+    groups = {}
     for name, p in net.named_parameters():
         if p.requires_grad:
             free = id(p) in norms or name.endswith("relative_position_bias_table")
-            groups[0.0 if free else weight_decay].append(p)
-    return [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
+            rate = lr if name.startswith("backbone.") else lr * head_rate
+            groups.setdefault((rate, 0.0 if free else weight_decay), []).append(p)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
 def rates(steps, warmup):
@@ -629,7 +634,7 @@ def train_segmenter(args, run, train_set):
         raise UserError(f"--seg-batch {args.seg_batch}: each process needs two images or more, since batch "
                         "norm sees one value an image in the coarsest pooling")
     ddp = run.place(net).train()
-    groups = parameter_groups(net, args.weight_decay)
+    groups = parameter_groups(net, args.weight_decay, args.seg_lr, args.head_rate)
     optim = torch.optim.AdamW(groups, lr=args.seg_lr, betas=(0.9, 0.999))
     draws, schedule = Draws(train_set, augment_with(args), args.seed), rates(args.seg_steps, args.warmup)
     for step, batch in run.steps("segmenter", draws, args.seg_steps, args.seg_batch, net, optim, schedule):

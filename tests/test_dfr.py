@@ -444,13 +444,22 @@ def test_parameter_groups():
     torch.manual_seed(0)
     net = torch.nn.Sequential(dfr.Swin(thin_swin(), 0.3), dfr.conv_bn_relu(64, 8, 1))
     names, found = {id(p): n for n, p in net.named_parameters()}, {}
-    for group in dfr.parameter_groups(net, 0.01):
+    for group in dfr.parameter_groups(net, 0.01, 1e-3, 1.0):
         for p in group["params"]: found[names[id(p)]] = group["weight_decay"]
     assert set(found) == set(names.values())
     without = {n for n, decay in found.items() if decay == 0}
     assert without == {n for n in names.values() if "norm" in n or "bias_table" in n
                        or n in ("0.blocks.0.0.2.weight", "0.blocks.0.0.2.bias", "1.1.weight", "1.1.bias")}
     assert {decay for n, decay in found.items() if n not in without} == {0.01}
+
+
+def test_the_layers_behind_the_backbone_have_head_rate_times_the_rate():
+    net = torch.nn.ModuleDict({"backbone": dfr.conv_bn_relu(3, 4, 1), "head": dfr.conv_bn_relu(4, 8, 1)})
+    groups = dfr.parameter_groups(net, 0.01, 1e-3, 10.0)
+    found = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert {n: found[id(p)] for n, p in net.named_parameters()} == {
+        n: 1e-3 if n.startswith("backbone") else 1e-2 for n, _ in net.named_parameters()}
+    assert len(dfr.parameter_groups(net, 0.01, 1e-3, 1.0)) == 2 and dfr.Args().head_rate == 1
 
 
 def test_rates_are_mmsegmentations():
