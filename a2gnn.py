@@ -86,10 +86,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (
-    ASPP, CRF, ConfusionMatrix, DeepLab, PSPNet, Run, UserError, contact_sheet, dense_crf, detector_schedule,
-    instance_aps, instance_overlay, label_probs, make_backbone, mask_rcnn, numbered, overlay, parse_args,
-    poly, rank, read_checkpoint, read_instances, reduce, save_image, save_instances, save_label, save_npz,
-    shard, start_processes, world)
+    ASPP, CRF, ConfusionMatrix, DeepLab, PSPNet, Run, UserError, contact_sheet, dense_crf,
+    detector_schedule, inference, instance_aps, instance_overlay, label_probs, make_backbone, mask_rcnn,
+    numbered, overlay, parse_args, poly, rank, read_checkpoint, read_instances, reduce, save_image,
+    save_instances, save_label, save_npz, shard, start_processes, world)
 from data import (
     PICTURES, Draws, Sample, changed, coco_annotations, color_jitter, crop, derive_boxes, flip, load,
     normalise, objects_of, read_image, read_label, rescale, resize_long, with_labels)
@@ -587,7 +587,7 @@ def cells_to_pixels(x, stride, size, seen=None):
     return enlarge(x, rows[None], columns[None])
 
 
-@torch.no_grad()
+@inference()
 def multi_scale_cam(net, image, tags, scales, stride, device):
     """Refined CAM summed over scales and mirror images, then each map to [0,1].
 
@@ -810,7 +810,7 @@ def eq3_15_node_features(x):
     return x / x.sum(-1, keepdim=True).clamp_min(1e-6)
 
 
-@torch.no_grad()
+@inference()
 def image_to_graph(net, image, stride, nodes, edges, device):
     """One image as nodes (Fig. 3.3), not yet joined by edges.   image (H,W,3) uint8 -> namespace of
     x (h,w,D) node features · f (h,w,d) features D compares · colour (h,w,3) · place (h,w,2) grid position ·
@@ -1186,7 +1186,7 @@ def train_affinity(args, run, classifier, train_set):
     return net.eval()
 
 
-@torch.no_grad()
+@inference()
 def write_walk(args, run, net, train_set):
     """Table 3.4's RW: random walk of the CAM, in boxes if any [D12].   Writes walk/*.png, walk_crf/*.png"""
     with run.timed("walk"):
@@ -1522,7 +1522,7 @@ def train_detector(args, run, train_set):
     return net.eval()
 
 
-@torch.no_grad()
+@inference()
 def predict_instances(net, image, device):
     """image (H,W,3) uint8 -> soft masks (M,H,W) in [0,1], classes (M,) from 1, scores (M,), best first"""
     found = net([normalise(Sample(image=image)).image.to(device)])[0]
@@ -1551,7 +1551,7 @@ def write_detections(args, run, net, val_set):
 
 
 # ── Evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
-@torch.no_grad()
+@inference()
 def predict(net, image, scales, device):
     """Class probabilities, mean over scales and mirror images.   image (H,W,3) uint8 -> (K+1,H,W) float32"""
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)

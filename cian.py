@@ -57,8 +57,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (
-    CRF, ConfusionMatrix, LargeFOV, Run, UserError, contact_sheet, dense_crf, make_backbone, overlay,
-    parse_args, poly, rank, read_checkpoint, reduce, save_image, save_label, save_npz, shard,
+    CRF, ConfusionMatrix, LargeFOV, Run, UserError, contact_sheet, dense_crf, inference, make_backbone,
+    overlay, parse_args, poly, rank, read_checkpoint, reduce, save_image, save_label, save_npz, shard,
     start_processes, world)
 from data import (
     PICTURES, Draws, Sample, changed, crop, flip, load, normalise, read_image, read_label, reading, require,
@@ -393,7 +393,7 @@ def cells_to_pixels(x, stride, size, seen=None):
     return enlarge(x, rows[None], columns[None])
 
 
-@torch.no_grad()
+@inference()
 def class_activation(net, image, tags, scales, stride, device):
     """CAM summed over scales and mirror images, negative scores cut, each map's peak 1.
 
@@ -645,7 +645,7 @@ def train_round(args, run, train_set, tags, folder, number, net):
 
 
 # ── Evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
-@torch.no_grad()
+@inference()
 def predict(net, image, scales, device):
     """Class probabilities by self-affinity, mean over scales and mirror images.   [D12]
 
@@ -711,7 +711,7 @@ def evaluate_stage(args, run, stage, split, folder, timed, **values):
                seconds=round(sum(map(run.seconds, timed)), 1), **values)
 
 
-@torch.no_grad()
+@inference()
 def embedded(net, image, device):
     """An image at scale 1.   (H,W,3) uint8 -> x (1,D,h,w), φ_q(x), φ_r(x), φ_c(x) as AffinityModule.embed"""
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)

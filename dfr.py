@@ -63,9 +63,9 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from common import (
-    Backbone, ConfusionMatrix, Run, UserError, contact_sheet, imagenet_weights, load_exactly, make_backbone,
-    overlay, parse_args, poly, rank, read_checkpoint, read_state, reduce, save_image, save_label, shard,
-    start_processes, world)
+    Backbone, ConfusionMatrix, Run, UserError, contact_sheet, imagenet_weights, inference, load_exactly,
+    make_backbone, overlay, parse_args, poly, rank, read_checkpoint, read_state, reduce, save_image,
+    save_label, shard, start_processes, world)
 from data import PICTURES, Draws, Sample, changed, crop, flip, load, normalise, read_image, read_label, resize
 
 
@@ -654,7 +654,7 @@ def train_segmenter(args, run, train_set):
 
 
 # ── Evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
-@torch.no_grad()
+@inference()
 def predict(net, image, fit, scales, mirror, device):
     """Class probabilities, mean over scales (and mirror images).   image (H,W,3) -> (K+1,H,W) float32"""
     size, total = image.shape[:2], 0

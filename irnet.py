@@ -70,9 +70,9 @@ from tqdm import tqdm
 
 from common import (
     ASPP, CRF, ConfusionMatrix, DeepLab, Run, UserError, contact_sheet, dense_crf, detector_schedule,
-    instance_aps, instance_overlay, label_probs, make_backbone, mask_rcnn, numbered, overlay, parse_args,
-    poly, rank, read_checkpoint, read_instances, reduce, save_image, save_instances, save_label, save_npz,
-    shard, start_processes, world)
+    inference, instance_aps, instance_overlay, label_probs, make_backbone, mask_rcnn, numbered, overlay,
+    parse_args, poly, rank, read_checkpoint, read_instances, reduce, save_image, save_instances,
+    save_label, save_npz, shard, start_processes, world)
 from data import (
     PICTURES, Draws, Sample, crop, flip, load, normalise, objects_of, read_image, read_label, rescale,
     resize_long, with_labels)
@@ -387,7 +387,7 @@ def cells_to_pixels(x, stride, size, seen=None):
     return enlarge(x, rows[None], columns[None])
 
 
-@torch.no_grad()
+@inference()
 def cam_of_image(net, image, tags, scales, stride, device):
     """CAM, Eq. (1), of scores summed over scales and mirror images.   image (H,W,3) uint8, tags (K,) bool
     -> (K,H,W) float32; classes that the image does not have are 0"""
@@ -722,7 +722,7 @@ def train_irnet(args, run, classifier, train_set):
     return net.eval()
 
 
-@torch.no_grad()
+@inference()
 def fields_of(net, image, least, device):
     """D and B of one image; B from the mean logits of the image and its mirror image.
 
@@ -936,7 +936,7 @@ def train_detector(args, run, train_set):
 
 
 # ── Evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
-@torch.no_grad()
+@inference()
 def predict(net, image, scales, device):
     """Class probabilities, mean over scales and mirror images.   image (H,W,3) uint8 -> (K+1,H,W) float32"""
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
@@ -960,7 +960,7 @@ def write_predictions(args, run, net, val_set):
                 save_label(run.path("val_crf", name), crf.argmax(0))
 
 
-@torch.no_grad()
+@inference()
 def predict_instances(net, image, device):
     """image (H,W,3) uint8 -> masks (M,H,W) bool, classes (M,) from 1, scores (M,), best first"""
     found = net([normalise(Sample(image=image)).image.to(device)])[0]

@@ -57,10 +57,10 @@ from torchvision.models import resnet
 from tqdm import tqdm
 
 from common import (
-    ASPP, CRF, ConfusionMatrix, DeepLab, LargeFOVVGG, Run, UserError, contact_sheet, dense_crf, distribute,
-    imagenet_weights, load_exactly, make_backbone, overlay, parse_args, plain_fields, poly, rank,
-    read_checkpoint, read_state, reduce, save_checkpoint, save_image, save_label, save_npz, shard,
-    start_processes, world)
+    ASPP, CRF, ConfusionMatrix, DeepLab, LargeFOVVGG, Run, UserError, contact_sheet, dense_crf,
+    distribute, imagenet_weights, inference, load_exactly, make_backbone, overlay, parse_args,
+    plain_fields, poly, rank, read_checkpoint, read_state, reduce, save_checkpoint, save_image,
+    save_label, save_npz, shard, start_processes, world)
 from data import (
     PICTURES, Draws, Sample, changed, chosen_classes, coco_name, crop, flip, join, load, normalise,
     read_image, read_label, rescale, select, voc_root, with_labels)
@@ -378,7 +378,7 @@ def eq1_latent_segmentation(prob, y_b, classes):
     return np.array([0, *classes], np.uint8)[score.argmax(0).cpu().numpy()]
 
 
-@torch.no_grad()
+@inference()
 def class_scores(net, image, device):
     """Logits of the whole image.   (H,W,3) uint8 -> (1,K+1,h,w) float32   [D13]"""
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
@@ -461,7 +461,7 @@ def predict(net, image, device):
     return resample(class_scores(net, image, device), image.shape[:2]).softmax(1)[0].cpu().numpy()
 
 
-@torch.no_grad()
+@inference()
 def pseudo_masks(g, net, sample, rule, scale, device, blind=False):
     """Eqs. (1), (3), (7): labels of one image from its boxes.   -> by g, and by f alone: (H,W) uint8 each
 

@@ -70,8 +70,8 @@ from tqdm import tqdm
 
 from common import (
     ASPP, CRF, ConfusionMatrix, DeepLab, Run, UserError, contact_sheet, dense_crf, dense_energy,
-    make_backbone, overlay, parse_args, poly, rank, read_checkpoint, reduce, save_image, save_label,
-    save_npz, shard, start_processes, world)
+    inference, make_backbone, overlay, parse_args, poly, rank, read_checkpoint, reduce, save_image,
+    save_label, save_npz, shard, start_processes, world)
 from data import (
     MEAN, PICTURES, STD, Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_image,
     read_label, rescale, resize_long, with_labels)
@@ -789,7 +789,7 @@ def train_segmenter(args, run, train_set):
 
 
 # ── Evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
-@torch.no_grad()
+@inference()
 def predict(score, image, scales, mirror, device):
     """Class probabilities, mean over scales (and mirror images).
 
@@ -829,7 +829,7 @@ def write_masks(args, run, dataset, folders, score, scales, mirror, crf, by_tags
                 save_label(run.path(sharp, name), Q.argmax(0))
 
 
-@torch.no_grad()
+@inference()
 def write_mined(args, run, net, train_set):
     """CAM and I_final of the whole training images, by the trained network: what the mining has become.
 

@@ -66,9 +66,9 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from common import (
-    CRF, ConfusionMatrix, DeepLab, PSPNet, Run, UserError, contact_sheet, dense_crf, label_probs,
-    make_backbone, overlay, parse_args, poly, rank, read_checkpoint, reduce, save_image, save_label,
-    save_npz, shard, start_processes, world)
+    CRF, ConfusionMatrix, DeepLab, PSPNet, Run, UserError, contact_sheet, dense_crf, inference,
+    label_probs, make_backbone, overlay, parse_args, poly, rank, read_checkpoint, reduce, save_image,
+    save_label, save_npz, shard, start_processes, world)
 from data import (
     PICTURES, DataError, Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_image,
     read_label, rescale, resize_long, subset, with_labels)
@@ -396,7 +396,7 @@ def cells_to_pixels(x, stride, size, seen=None):
     return enlarge(x, rows[None], columns[None])
 
 
-@torch.no_grad()
+@inference()
 def cam_of_tags(net, image, tags, scales, stride, device):
     """CAM summed over scales and mirror images, each map from 0, its least value, to 1, its greatest.
 
@@ -722,7 +722,7 @@ def train_round(args, run, stage, steps, number, real, rendered, encoder, net=No
 
 
 # ── Bottom-up step (§3.4) ───────────────────────────────────────────────────────────────────────────────────
-@torch.no_grad()
+@inference()
 def predict(net, image, scales, device):
     """Class probabilities, mean over scales and mirror images.   image (H,W,3) uint8 -> (K+1,H,W) float32"""
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)

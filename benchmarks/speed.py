@@ -960,8 +960,8 @@ class FixedBatch:
             seconds.append(time.perf_counter() - began)
         median = statistics.median(seconds[1:])
         size = tuple(sample.image.shape)
-        self.rows.append({"stage": stage, "images": size[0], "crop": f"{size[3]}x{size[2]}", "seconds": median,
-                          "images_per_s": size[0] / median,
+        self.rows.append({"stage": stage, "images": size[0], "crop": f"{size[3]}x{size[2]}",
+                          "seconds": median, "images_per_s": size[0] / median,
                           "peak_mb": torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None})
 
 
@@ -1022,9 +1022,10 @@ def selftrain_steps(selftrain, args, run, train_set):
 
 
 # file: its function above, the label folders that it reads
-STEPS = {"a2gnn": (a2gnn_steps, ("seeds", "seeds_F", "pseudo")), "irnet": (irnet_steps, ("relations", "pseudo")),
-         "rrm": (rrm_steps, ()), "cian": (cian_steps, ("seeds",)), "dfr": (dfr_steps, ()),
-         "lpg": (lpg_steps, ("pseudo_1",)), "scl": (scl_steps, ()), "selftrain_workpiece": (selftrain_steps, ())}
+STEPS = {"a2gnn": (a2gnn_steps, ("seeds", "seeds_F", "pseudo")),
+         "irnet": (irnet_steps, ("relations", "pseudo")), "rrm": (rrm_steps, ()),
+         "cian": (cian_steps, ("seeds",)), "dfr": (dfr_steps, ()), "lpg": (lpg_steps, ("pseudo_1",)),
+         "scl": (scl_steps, ()), "selftrain_workpiece": (selftrain_steps, ())}
 
 
 def steps(device: str = "cpu", preset: Literal["shapes", "photos", "paper"] = "shapes", repeats: int = 5,
@@ -1052,7 +1053,7 @@ def steps(device: str = "cpu", preset: Literal["shapes", "photos", "paper"] = "s
         train_set = load(args, "train", masks=True)
         with tempfile.TemporaryDirectory() as folder:
             run = FixedBatch(args, device, repeats, Path(folder) / "labels")
-            if folders or own is not getattr(module, "SHAPES", None): labels_everywhere(run, train_set, folders)
+            if folders or method == "selftrain_workpiece": labels_everywhere(run, train_set, folders)
             work(module, args, run, train_set)
         rows += [{"file": method, **row} for row in run.rows]
         show(rows[-len(run.rows):])
@@ -1062,7 +1063,7 @@ def steps(device: str = "cpu", preset: Literal["shapes", "photos", "paper"] = "s
 
 COMMANDS = {"a2gnn": a2gnn_speed, "cian": cian_cost, "crf": crf_speed, "dfr": dfr_speed, "growth": growth,
             "irnet": irnet_speed, "rrm": rrm_speed, "scale": scale,
-            "schedule": a2gnn_schedule, "steps": steps}                                # one entry a subcommand
+            "schedule": a2gnn_schedule, "steps": steps}                               # one entry a subcommand
 
 
 def main():
