@@ -596,14 +596,26 @@ def derive_scribble(mask, objects, rng):
 
 
 def derive(s, wanted):
-    """Adds boxes, points, scribble, as far as wanted and absent, from mask and instances; seeded by name."""
+    """Adds boxes, points, scribble, as far as wanted and absent, from mask and instances; seeded by name.
+
+    What was derived is kept for the next 1,000: a scribble takes longer than a photograph takes to be read.
+    """
     missing = [key for key in ("boxes", "points", "scribble") if key in wanted and not hasattr(s, key)]
     if not missing: return s
-    objects, seed = objects_of(s.mask, getattr(s, "instances", None)), zlib.crc32(s.name.encode())
-    makers = {"boxes": lambda: derive_boxes(objects),
-              "points": lambda: derive_points(objects, np.random.default_rng([seed, 1])),
-              "scribble": lambda: derive_scribble(s.mask, objects, np.random.default_rng([seed, 2]))}
-    return changed(s, **{key: makers[key]() for key in missing})
+    instances, seed = getattr(s, "instances", None), zlib.crc32(s.name.encode())
+    makers = {"boxes": derive_boxes,
+              "points": lambda objects: derive_points(objects, np.random.default_rng([seed, 1])),
+              "scribble": lambda objects: derive_scribble(s.mask, objects, np.random.default_rng([seed, 2]))}
+    source = (s.name, *(zlib.crc32(x.tobytes()) for x in (s.mask, instances) if x is not None))
+    absent = [key for key in missing if (key, *source) not in KEPT]
+    if absent:
+        if len(KEPT) > 1000: KEPT.clear()
+        objects = objects_of(s.mask, instances)
+        KEPT.update({(key, *source): makers[key](objects) for key in absent})
+    return changed(s, **{key: KEPT[key, *source].copy() for key in missing})
+
+
+KEPT = {}                                                           # derive's, of this process
 
 
 def complete(s, wanted, files, classes):

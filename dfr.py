@@ -690,7 +690,7 @@ def confusion_of(dataset, label_of):
 
 def evaluate(args, run):
     """Scores what write_val wrote; miou_fg is the mean over the classes without background [D12]."""
-    truth = load(args, "val", masks=True)
+    truth = load(args, "val", masks=True, fields=("mask",))
 
     def result(stage, scales):
         confusion = confusion_of(truth, lambda s: read_label(run.path(stage, s.name), truth.classes))
@@ -707,7 +707,7 @@ def draw_panel(args, run):
     """panels/val.png: contact sheet of the first 16 images, one row each."""
     if rank() > 0:
         return
-    truth, rows = load(args, "val", masks=True), []
+    truth, rows = load(args, "val", masks=True, fields=("mask",)), []
     for sample in (truth[i] for i in range(min(16, len(truth)))):
         labels = [read_label(run.path(stage, sample.name), truth.classes) for stage in ("val", "val_ms")]
         rows.append([sample.image, *(overlay(sample.image, label) for label in (*labels, sample.mask))])
@@ -749,7 +749,7 @@ def main():
         return predict_folder(args)
     if not 0 <= args.scribble_length <= 1:
         raise UserError(f"--scribble-length {args.scribble_length}: give a share from 0 to 1")
-    train_set, val_set = load(args, "train"), load(args, "val")
+    train_set, val_set = load(args, "train", fields=("scribble", "mask")), load(args, "val", fields=("mask",))
     make_dfr(args, args.weights, 1)                                            # wrong weights: say so now
     run = Run(args, FIELDS)
     net = train_segmenter(args, run, train_set)                                    # Eqs. (4.1)–(4.13)
