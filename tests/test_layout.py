@@ -80,7 +80,7 @@ def section(docstring, word):
 def test_the_files_are_there():
     assert "a2gnn" in METHODS
     assert all((ROOT / f"{name}.py").exists() for name in SHARED)
-    assert {"README.md", "LICENSE", "requirements.txt", "pyproject.toml"} <= {p.name for p in tracked()}
+    assert {"README.md", "RESULTS.md", "LICENSE", "requirements.txt", "pyproject.toml"} <= {p.name for p in tracked()}
 
 
 @pytest.mark.parametrize("name", HOUSE)
@@ -299,22 +299,36 @@ def commands(text):
     return found
 
 
-def readme():
-    return (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = "README.md", "benchmarks/RESULTS.md"
 
 
-def readme_blocks():
-    """Text inside the README's fenced code blocks."""
-    return "\n".join(re.findall(r"^```\w*\n(.*?)^```", readme(), re.M | re.S))
+def page(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def code_of(text):
+    """Fenced blocks of a page, then what stands between single backticks in its prose, one a line."""
+    fenced = r"^```\w*\n(.*?)^```"
+    spans = re.findall(r"`([^`]+)`", re.sub(fenced, "", text, flags=re.M | re.S))
+    return "\n".join([*re.findall(fenced, text, re.M | re.S), *(" ".join(s.split()) for s in spans)])
+
+
+def anchors(text):
+    """The names that GitHub gives to a page's headings: lower case, no punctuation, - for blanks."""
+    heads = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 def test_command_lines_are_read_right():
     text = ("pip install -r requirements.txt && python a.py\n"
             "$ torchrun --nproc-per-node 2 \\\n   b.py --x 1   # why\nwords about python c.py\n")
     assert commands(text) == [["python", "a.py"], ["torchrun", "--nproc-per-node", "2", "b.py", "--x", "1"]]
+    text = "# A.py, b `c`\n`python a.py\n--x 1` and `b.py`\n```\npython c.py  # not `python d.py`\n```\n"
+    assert commands(code_of(text)) == [["python", "c.py"], ["python", "a.py", "--x", "1"]]
+    assert anchors(text + "## Data, more data\n") == {"apy-b-c", "data-more-data"}
 
 
-ALL_COMMANDS = [("README.md", c) for c in commands(readme_blocks())] + [
+ALL_COMMANDS = [(name, c) for name in PAGES for c in commands(code_of(page(name)))] + [
     (f"{name}.py", c) for name in HOUSE for c in commands(ast.get_docstring(tree(name)) or "")]
 
 
@@ -353,9 +367,34 @@ def test_each_command_parses(where, command):
 
 def test_the_table_of_methods_says_what_exists():
     states = "available|available, not yet measured|to come"
-    rows = dict(re.findall(rf"^\| `(\w+)\.py` \|.*\| ({states}) \|$", readme(), re.M))
+    rows = dict(re.findall(rf"^\| `(\w+)\.py` \|.*\| ({states}) \|$", page("README.md"), re.M))
     assert sorted(rows) == sorted(ALL)
     assert {name for name, status in rows.items() if status != "to come"} == set(METHODS)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_of_a_page_lead_somewhere(name):
+    """Relative links, and the headings that they name."""
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", page(name)) if "://" not in link]
+    assert links
+    for link in links:
+        path, _, heading = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        assert not heading or heading in anchors(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_files_that_a_page_names_are_there(name):
+    named = re.findall(r"`((?:benchmarks|tests|docs)/[\w./*-]+)`", page(name))
+    assert named and not [path for path in named if not list(ROOT.glob(path))]
+
+
+def test_measured_shares_on_the_front_page_stand_in_the_results():
+    """Each `x % / y %` and mIoU of the table at a glance, in benchmarks/RESULTS.md too."""
+    table = re.search(r"^## Results at a glance$(.*?)^## ", page("README.md"), re.M | re.S).group(1)
+    figures = re.findall(r"\d+ % / \d+ %|(?<=mIoU )[\d.]+", table)
+    assert len(figures) > 8 and not [f for f in figures if f not in page("benchmarks/RESULTS.md")]
 
 
 # ---------------------------------------------------------------- training can not reach ground truth
