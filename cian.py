@@ -205,7 +205,7 @@ SHAPES = dict(
 PHOTOS = dict(
     backbone="mobilenet_v2", cam_backbone="mobilenet_v2", train_list="train", cam_stride=16, seg_stride=16,
     cam_steps=330, cam_batch=8, cam_lr=2e-3, cam_resize=(321, 513), dilation=6,
-    seg_steps=1000, retrain_steps=500, seg_batch=8, seg_crop=257)
+    seg_steps=1000, retrain_steps=500, seg_batch=8, seg_crop=257, warmup=500)                     # [D14]
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
