@@ -212,7 +212,7 @@ OWN = {
 # What two CPU cores do in minutes; everything else as the paper.   [D14]
 SHAPES = dict(
     backbone="tiny", weights="none", width=32, dropout=0.1, init_std=0, min_area=128, held_out="drop",
-    enc_steps=2000, seg_steps=2000, seg_batch=4, seg_lr=0.02, seg_crop=97,
+    enc_steps=2000, seg_steps=4000, seg_batch=4, seg_lr=0.01, seg_crop=97,
     test_scales=(1.0,), refinements=1, episodes=300, test_seeds=1, cache=400)
 # A few hundred photographs with a small pretrained backbone on two CPU cores.   [D14]
 PHOTOS = dict(
