@@ -766,3 +766,14 @@ def test_resnet38_is_model_a1(tmp_path):
     assert not any(norm.training or norm.weight.requires_grad for norm in net.norms())
     assert not net.conv1a.weight.requires_grad and not net.units["2b2"].convs[1].weight.requires_grad
     assert net.units["3a"].convs[0].weight.requires_grad and net.units["7a"].dropout.training
+
+
+def test_inference_is_without_gradients_and_cudnn_and_ends():
+    @common.inference()
+    def look():
+        return torch.is_grad_enabled(), torch.backends.cudnn.enabled
+
+    before = torch.is_grad_enabled(), torch.backends.cudnn.enabled
+    assert before == (True, True)
+    assert look() == look() == (False, False)                       # a decorator serves more than one call
+    assert (torch.is_grad_enabled(), torch.backends.cudnn.enabled) == before

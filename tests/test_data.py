@@ -1098,3 +1098,16 @@ def test_check_of_the_slice(monkeypatch, capsys):
     assert "needs SegmentationClassAug (expected 10582)" in out
     with pytest.raises(DataError, match="--train-list train"):
         load(args("voc", REAL, "box", "train_aug"), "train")
+
+
+def test_derived_labels_are_kept_by_picture_and_mask():
+    mask = np.zeros((40, 50), np.uint8)
+    mask[5:20, 5:30] = 1
+    made = data.derive(Sample(name="a", mask=mask), ("boxes", "scribble"))
+    again = data.derive(Sample(name="a", mask=mask.copy()), ("boxes", "scribble"))
+    assert (made.scribble == again.scribble).all() and (made.boxes == again.boxes).all()
+    again.scribble[:] = 7                                           # a copy: what is kept stays as it was
+    assert (data.derive(Sample(name="a", mask=mask), ("scribble",)).scribble == made.scribble).all()
+    other = data.derive(Sample(name="a", mask=np.roll(mask, 10, 1)), ("boxes",))
+    assert other.boxes.tolist() == [[1, 15, 5, 40, 20]] and made.boxes.tolist() == [[1, 5, 5, 30, 20]]
+    assert (data.derive(Sample(name="b", mask=mask), ("scribble",)).scribble != made.scribble).any()

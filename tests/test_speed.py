@@ -134,3 +134,16 @@ def test_scale_refuses(tmp_path):
     with pytest.raises(SystemExit, match="one kind"):
         speed.scale((make_run(tmp_path / "a"), make_run(tmp_path / "b", device="NVIDIA something")))
     with pytest.raises(SystemExit, match="at least one"): speed.scale(())
+
+
+def test_steps_times_a_files_own_training_step(tmp_path):
+    speed.steps(methods=("dfr",))
+    row, = written(tmp_path, "steps_shapes_cpu")["rows"]
+    assert (row["file"], row["stage"], row["images"], row["crop"]) == ("dfr", "segmenter", 8, "96x96")
+    assert row["images_per_s"] == pytest.approx(8 / row["seconds"])
+    with pytest.raises(SystemExit, match="choose from a2gnn"): speed.steps(methods=("none",))
+
+
+def test_every_method_has_a_training_step():
+    import test_layout
+    assert set(speed.STEPS) == set(test_layout.METHODS)
