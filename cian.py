@@ -36,7 +36,7 @@ Departures   [D1] backbones are torchvision's; the authors' is MXNet's pre-activ
                   and the scales' maximum as one map more
              [D13] odd kernels centre feature cell i on pixel stride·i: so seeds are read and scores enlarged
              [D14] presets: φ's first weights scaled to narrower layers; with so few pictures the completion
-                  loss waits for --warmup steps, as its own arg-max is all background at first
+                  loss waits for --warmup steps (on photographs untried, see benchmarks/RESULTS.md)
              [D15] retraining labels: classes of the image's tags only (paper silent; --no-retrain-tags)
              [D16] --supervision full: L_ce alone, one round
              [D17] --strong-ratio: the ground truth also stays in the labels of later rounds (paper silent)

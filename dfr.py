@@ -749,7 +749,8 @@ def main():
         return predict_folder(args)
     if not 0 <= args.scribble_length <= 1:
         raise UserError(f"--scribble-length {args.scribble_length}: give a share from 0 to 1")
-    train_set, val_set = load(args, "train", fields=("scribble", "mask")), load(args, "val", fields=("mask",))
+    label = "mask" if args.supervision == "full" else "scribble"
+    train_set, val_set = load(args, "train", fields=(label,)), load(args, "val", fields=("mask",))
     make_dfr(args, args.weights, 1)                                            # wrong weights: say so now
     run = Run(args, FIELDS)
     net = train_segmenter(args, run, train_set)                                    # Eqs. (4.1)–(4.13)
