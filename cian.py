@@ -234,7 +234,8 @@ def eq2_3_message(q, r, c):
 
     q (B,N,d), r and c (B,M,d) -> (B,N,d)
     """
-    return F.scaled_dot_product_attention(q, r, c, scale=1.0)                   # no 1/√d in Eq. (1)
+    heads = (t[:, None] for t in (q, r, c))                 # (B,1,·,d): kernels without that matrix want heads
+    return F.scaled_dot_product_attention(*heads, scale=1.0)[:, 0]              # no 1/√d in Eq. (1)
 
 
 def eq4_augment(x, m, phi_o):

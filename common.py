@@ -1257,7 +1257,8 @@ class ExactFilter:
         """x (N,C) -> (N,C); K is symmetric."""
         value = F.pad(x, (0, 1, 0, 1))
         value[-1, -1] = 1
-        out = F.scaled_dot_product_attention(*(t[None] for t in (self.query, self.key, value)), scale=1.0)[0]
+        heads = (t[None, None] for t in (self.query, self.key, value))
+        out = F.scaled_dot_product_attention(*heads, scale=1.0)[0, 0]
         return out[:, :-1] / out[:, -1:]
 
 

@@ -354,7 +354,8 @@ class RFAM(nn.Module):
         F1, F3 = F1.transpose(1, 2), F3.transpose(1, 2)                                 # (B,N,C_1)
         with torch.autocast(feature.device.type, enabled=False):                        # ranks need float32
             if self.reweight == "none":
-                F_a = F.scaled_dot_product_attention(F1, F2.transpose(1, 2), F3, scale=1.0)
+                heads = (t[:, None] for t in (F1, F2.transpose(1, 2), F3))
+                F_a = F.scaled_dot_product_attention(*heads, scale=1.0)[:, 0]
             else:
                 A = eq2_8_affinity(F1, F2)
                 F_a = eq2_11_attention(A, eq2_9_reweight(A.detach(), self.reweight), F3)
