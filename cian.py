@@ -234,7 +234,7 @@ def eq2_3_message(q, r, c):
 
     q (B,N,d), r and c (B,M,d) -> (B,N,d)
     """
-    heads = (t[:, None] for t in (q, r, c))                 # (B,1,·,d): kernels without that matrix want heads
+    heads = (t[:, None] for t in (q, r, c))                     # one head: CUDA's kernels want (B,1,N,d)
     return F.scaled_dot_product_attention(*heads, scale=1.0)[:, 0]              # no 1/√d in Eq. (1)
 
 
