@@ -54,7 +54,8 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
              [D15] node features are cut at 0 (no change for ResNets): MobileNetV2's blocks end without ReLU
              [D16] misprints: Eq. 3.13 squares its norms; Eq. 3.22 means c_i ≠ c_j (else it is constant);
                   Eq. 3.28's d is a cosine, and labels other than the box's class stay (authors' code)
-             [D17] SEAM's code also has a background channel in L_ECR and a min-pooling term in L_cls
+             [D17] SEAM as its code has it: the background is a channel of pixel correlation and L_ECR, and
+                  L_min presses the refined CAM's lowest quarter to 0; its text has neither
              [D18] points: §3.6.1's "same setting with the scribble task" is read as the merge with M'_I: M_P
                   alone has no background; SLIC's settings are unreleased; the authors' README adds the random
                   walk for points too (--point-walk), the paper for tags alone
@@ -334,10 +335,11 @@ SHAPES = dict(
     seg_rescale=(0.75, 1.25), test_scales=(0.75, 1.0, 1.25),
     inst_steps=400, inst_batch=4, inst_warmup=100, inst_size=128, inst_width=64, inst_rois=64)
 # A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
-# (On grids coarser than the paper's the walk takes fewer steps: its reach grows with their square root.)
+# (On grids coarser than the paper's the walk takes fewer steps: its reach grows with their square root; SEAM's
+# second branch is larger: at scale 0.3 its grid would have 6 x 6 cells, where the paper's has 17 x 17.)
 PHOTOS = dict(
     cam_backbone="same", train_list="train", stride=16, cam_stride=16, seg_stride=16,
-    cam_steps=330, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
+    cam_steps=330, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513), er_scale=0.6,
     aff_steps=790, walk_steps=16, hidden=64,                                # 12 epochs, as in the paper
     seg_steps=1000, seg_batch=8, seg_lr=5e-4, seg_crop=257, seg_rates=(3, 6, 9, 12),
     test_scales=(0.75, 1.0, 1.25),
@@ -375,7 +377,8 @@ def resample(x, size):
 class SEAM(nn.Module):
     """Classifier with pixel-correlation module (§3.2's [57]).
 
-    forward(*images), each (B,3,H,W)  ->  a pair (cam, refined) per image, both (B,K,h,w), not yet normalised.
+    forward(*images), each (B,3,H,W)  ->  for each a pair: cam (B,K,h,w), not yet normalised, and refined
+    (B,K+1,h,w), background first.
     """
 
     def __init__(self, backbone, classes):
@@ -517,14 +520,12 @@ def minmax(cam):
 
 
 def pixel_correlation(cam, feature):
-    """Pixel-correlation module: each pixel's class scores become the mean over all pixels, weighted by the
-    positive part of the cosine of their features. Only each pixel's best class speaks.
+    """Pixel-correlation module: each pixel's scores become the mean over all pixels, weighted by the positive
+    part of the cosine of their features. Only each pixel's best class speaks, and the background.
 
-    cam (B,K,h,w) without gradient, feature (B,192,h,w) -> (B,K,h,w)
+    cam (B,K,h,w) without gradient, feature (B,192,h,w) -> (B,K+1,h,w), background first
     """
-    cam = F.relu(cam)
-    cam = cam / (cam.amax((-2, -1), keepdim=True) + 1e-5)
-    cam = best_only(cam)
+    cam = beside_background(minmax(cam))
     f = F.normalize(feature.flatten(2), dim=1)
     similar = F.relu(f.transpose(1, 2) @ f)                                             # (B,N,N)
     similar = similar / (similar.sum(1, keepdim=True) + 1e-5)
@@ -532,20 +533,33 @@ def pixel_correlation(cam, feature):
 
 
 def seam_loss(full, small, tags, ecr_top):
-    """L_cls, L_ER, L_ECR. [D17]   full, small: (cam, refined) at scale 1 and er_scale; tags (B,K) float
+    """L_cls, L_min, L_ER, L_ECR. [D17]   full, small: (cam, refined) at scale 1, er_scale; tags (B,K) float
 
-    L_ER: L1 between the CAMs of both scales. L_ECR: L1 between each scale's refined CAM and the other scale's
-    plain one, counting its largest 20 % only.
+    L_min: the refined CAM's lowest quarter of each image. L_ER: L1 between the CAMs of both scales. L_ECR: L1
+    between each scale's refined CAM and the other scale's plain one, counting its largest 20 % only.
     """
     (cam1, refined1), (cam2, refined2) = full, small
     loss_cls = sum(F.multilabel_soft_margin_loss(cam.mean((2, 3)), tags) for cam in (cam1, cam2)) / 2
     here, size = tags[:, :, None, None], cam2.shape[-2:]
-    cam1, refined1 = resample(minmax(cam1), size) * here, resample(minmax(refined1), size) * here
-    cam2, refined2 = minmax(cam2) * here, minmax(refined2) * here
+    with_bg = F.pad(here, (0, 0, 0, 0, 1, 0), value=1.0)
+    loss_min = sum(lowest_quarter(refined[:, 1:] * here) for refined in (refined1, refined2)) / 2
+    cam1, refined1 = resample(minmax(cam1), size) * here, resample(minmax(refined1), size) * with_bg
+    cam2, refined2 = minmax(cam2) * here, minmax(refined2) * with_bg
     loss_er = (cam1 - cam2).abs().mean()
-    loss_ecr = (hardest(best_only(cam2.detach()) - refined1, ecr_top)
-                + hardest(best_only(cam1.detach()) - refined2, ecr_top))
-    return loss_cls, loss_er, loss_ecr
+    loss_ecr = (hardest(beside_background(cam2.detach()) - refined1, ecr_top)
+                + hardest(beside_background(cam1.detach()) - refined2, ecr_top))
+    return loss_cls, loss_min, loss_er, loss_ecr
+
+
+def lowest_quarter(cam):
+    """Mean over the quarter of an image's pixels with the lowest best score.   (B,K,h,w) >= 0 -> scalar"""
+    score = cam.amax(1).flatten(1)
+    return score.topk(max(1, score.shape[1] // 4), dim=1, largest=False).values.mean()
+
+
+def beside_background(cam):
+    """(B,K,h,w) in [0,1] -> (B,K+1,h,w): 1 − max first, then each pixel's best class alone."""
+    return torch.cat([1 - cam.amax(1, keepdim=True), best_only(cam)], dim=1)
 
 
 def best_only(cam):
@@ -598,7 +612,7 @@ def multi_scale_cam(net, image, tags, scales, stride, device):
     for scale in scales:
         seen = [max(32, round(n * scale)) for n in image.shape[:2]]
         scaled = resample(x, seen)
-        refined = net(torch.cat([scaled, scaled.flip(-1)]))[0][1][:, tags]
+        refined = net(torch.cat([scaled, scaled.flip(-1)]))[0][1][:, 1:][:, tags]
         cam = cells_to_pixels(refined, stride, image.shape[:2], seen)
         total = total + F.relu(cam[0] + cam[1].flip(-1))
     full = np.zeros((len(tags), *image.shape[:2]), np.float32)
@@ -1063,12 +1077,12 @@ def train_classifier(args, run, train_set):
         small = F.interpolate(batch.image, scale_factor=args.er_scale, mode="bilinear", align_corners=False)
         with run.autocast():
             full, reduced = ddp(batch.image, small)
-        loss_cls, loss_er, loss_ecr = seam_loss(full, reduced, batch.tags, args.ecr_top)
-        loss = loss_cls + (step >= args.cam_warmup) * (loss_er + loss_ecr)              # [D19]
+        loss_cls, loss_min, loss_er, loss_ecr = seam_loss(full, reduced, batch.tags, args.ecr_top)
+        loss = loss_cls + (step >= args.cam_warmup) * (loss_min + loss_er + loss_ecr)   # [D19]
         optim.zero_grad()
         loss.backward()
         optim.step()
-        run.log(step, loss_cls=loss_cls, loss_er=loss_er, loss_ecr=loss_ecr)
+        run.log(step, loss_cls=loss_cls, loss_min=loss_min, loss_er=loss_er, loss_ecr=loss_ecr)
     return net.eval()
 
 

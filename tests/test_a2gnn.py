@@ -839,19 +839,35 @@ def test_minmax():
 
 
 def test_pixel_correlation():
-    torch.manual_seed(0)
+    torch.manual_seed(1)                                                        # no two peaks on one pixel
     cam, feature = torch.randn(2, 3, 4, 5), torch.randn(2, 7, 4, 5)
     out = a2gnn.pixel_correlation(cam, feature)
     for b in range(2):
-        best = torch.relu(cam[b]) / (torch.relu(cam[b]).amax((1, 2), keepdim=True) + 1e-5)
+        score = torch.relu(cam[b])
+        low, high = score.amin((1, 2), keepdim=True), score.amax((1, 2), keepdim=True)
+        score = (score - low) / (high - low)
         for i in np.ndindex(4, 5):
-            total, weights = torch.zeros(3), 0
+            total, weights = torch.zeros(4), 0
             for j in np.ndindex(4, 5):
-                s = best[(slice(None), *j)]
+                s = score[(slice(None), *j)]
                 f = (feature[b][(slice(None), *n)] for n in (i, j))
                 similar = max(0.0, F.cosine_similarity(*f, dim=0).item())
-                total, weights = total + similar * torch.where(s == s.max(), s, 0), weights + similar
+                voices = torch.cat([1 - s.max()[None], torch.where(s == s.max(), s, 0)])
+                total, weights = total + similar * voices, weights + similar
             assert close(out[b][(slice(None), *i)], total / weights, atol=1e-4)
+
+
+def test_background_beside_the_best_class():
+    cam = torch.tensor([[[[0.9, 0.6, 0.0]], [[0.8, 0.7, 0.0]]]])
+    assert close(a2gnn.beside_background(cam), [[[[0.1, 0.3, 1.0]], [[0.9, 0, 0]], [[0, 0.7, 0]]]])
+
+
+def test_the_lowest_quarter_of_the_best_scores():
+    cam = torch.rand(2, 3, 4, 5)
+    lowest = [sorted(cam[b, :, y, x].max().item() for y in range(4) for x in range(5))[:5]
+              for b in range(2)]
+    assert close(a2gnn.lowest_quarter(cam), np.mean(lowest), atol=1e-6)
+    assert a2gnn.lowest_quarter(cam[:, :, :1, :1]) == cam[:, :, :1, :1].amax(1).mean(), "one pixel at least"
 
 
 def test_only_the_best_class_keeps_its_score():
@@ -867,25 +883,32 @@ def test_cross_regularisation_counts_the_largest_differences():
 
 def test_seam_loss():
     torch.manual_seed(0)
-    cams = [torch.randn(2, 3, n, n) for n in (8, 8, 4, 4)]
+    cams = [torch.randn(2, k, n, n) for k, n in ((3, 8), (4, 8), (3, 4), (4, 4))]
+    cams[1], cams[3] = cams[1].abs(), cams[3].abs()                                     # refined: means of [0,1]
     tags = torch.tensor([[1.0, 0, 1], [0, 1.0, 0]])
-    loss_cls, loss_er, loss_ecr = a2gnn.seam_loss(cams[:2], cams[2:], tags, 0.2)
+    loss_cls, loss_min, loss_er, loss_ecr = a2gnn.seam_loss(cams[:2], cams[2:], tags, 0.2)
     scores = [cams[i].mean((2, 3)).sigmoid() for i in (0, 2)]
     entropy = [-(tags * s.log() + (1 - tags) * (1 - s).log()).mean() for s in scores]
     assert close(loss_cls, sum(entropy) / 2)
-    maps = [F.interpolate(a2gnn.minmax(cam), (4, 4), mode="bilinear", align_corners=False)
-            * tags[:, :, None, None] for cam in cams]
-    assert close(loss_er, (maps[0] - maps[2]).abs().mean())
-    assert 0 < loss_ecr < 2
-    same = [cams[0], a2gnn.best_only(a2gnn.minmax(cams[0]))]
-    assert a2gnn.seam_loss(same, same, tags, 0.2)[1] == 0
+    with_bg = F.pad(tags, (1, 0), value=1.0)
+    lowest = [(cams[i] * with_bg[:, :, None, None])[:, 1:].amax(1).flatten(1).sort().values for i in (1, 3)]
+    assert close(loss_min, (lowest[0][:, :16].mean() + lowest[1][:, :4].mean()) / 2)
+    plain1, refined1, plain2, refined2 = (
+        F.interpolate(a2gnn.minmax(cam), (4, 4), mode="bilinear", align_corners=False)
+        * (tags if cam.shape[1] == 3 else with_bg)[:, :, None, None] for cam in cams)
+    assert close(loss_er, (plain1 - plain2).abs().mean())
+    # the largest 20 % of 64
+    gaps = [(a2gnn.beside_background(plain) - refined).abs().flatten(1).sort().values[:, -12:]
+            for plain, refined in ((plain2, refined1), (plain1, refined2))]
+    assert close(loss_ecr, gaps[0].mean() + gaps[1].mean())
+    assert a2gnn.seam_loss(cams[:2], cams[:2], tags, 0.2)[2] == 0
 
 
 def test_seam_shapes_and_gradients():
     """Nothing of the refined map's loss reaches the CAM through the pixel-correlation module."""
     net = a2gnn.SEAM(make_backbone("tiny", "none", 4), 5)
     (cam, refined), (small, _) = net(torch.randn(2, 3, 32, 48), torch.randn(2, 3, 16, 24))
-    assert cam.shape == refined.shape == (2, 5, 8, 12) and small.shape == (2, 5, 4, 6)
+    assert cam.shape == (2, 5, 8, 12) and refined.shape == (2, 6, 8, 12) and small.shape == (2, 5, 4, 6)
     refined.sum().backward(retain_graph=True)
     assert net.classifier.weight.grad is None and net.embed.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in net.backbone.parameters())
