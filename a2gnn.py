@@ -335,8 +335,8 @@ SHAPES = dict(
     seg_rescale=(0.75, 1.25), test_scales=(0.75, 1.0, 1.25),
     inst_steps=400, inst_batch=4, inst_warmup=100, inst_size=128, inst_width=64, inst_rois=64)
 # A few hundred photographs with a pretrained backbone, in about an hour on two CPU cores.
-# (On grids coarser than the paper's the walk takes fewer steps: its reach grows with their square root; SEAM's
-# second branch is larger: at scale 0.3 its grid would have 6 x 6 cells, where the paper's has 17 x 17.)
+# (On grids coarser than the paper's the walk takes fewer steps: its reach grows with their square root; and
+# SEAM's second branch is larger: at scale 0.3 its grid would have 6 x 6 cells; the paper's has 17 x 17.)
 PHOTOS = dict(
     cam_backbone="same", train_list="train", stride=16, cam_stride=16, seg_stride=16,
     cam_steps=330, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513), er_scale=0.6,

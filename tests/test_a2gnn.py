@@ -884,7 +884,7 @@ def test_cross_regularisation_counts_the_largest_differences():
 def test_seam_loss():
     torch.manual_seed(0)
     cams = [torch.randn(2, k, n, n) for k, n in ((3, 8), (4, 8), (3, 4), (4, 4))]
-    cams[1], cams[3] = cams[1].abs(), cams[3].abs()                                     # refined: means of [0,1]
+    cams[1], cams[3] = cams[1].abs(), cams[3].abs()                             # refined: means of [0,1]
     tags = torch.tensor([[1.0, 0, 1], [0, 1.0, 0]])
     loss_cls, loss_min, loss_er, loss_ecr = a2gnn.seam_loss(cams[:2], cams[2:], tags, 0.2)
     scores = [cams[i].mean((2, 3)).sigmoid() for i in (0, 2)]
