@@ -7,19 +7,19 @@ Symbols      I_S, I_T rendered (source) and real (target) images · L, L_t label
 Equations    (1) eq1_spatial_loss    (2) eq2_joint_loss    (3.1) cam_mask, whole_superpixels, initial_label
              (3.3) source_weight, target_weight
              (3.4) level_counts, alg2_threshold, alg2_label, refine_labels
-Figures      Fig. 1 = main(), Algorithm 1 = self_train; Fig. 2 = write_initial; Fig. 4 = panels/train.png;
-             Fig. 5 = panels/several.png
+Figures      Fig. 1 = main(), Algorithm 1 = self_train; Fig. 2 = write_initial; Fig. 4 = panels/train.png,
+             its last row panels/val.png; Fig. 5 = panels/several.png
 Commands     python selftrain_workpiece.py                              # solids, background 0, two cores
              python selftrain_workpiece.py --background 2 --out runs/b2     # Table 1: 0, 1, 2, 3
              python selftrain_workpiece.py --source-only --out runs/source  # the domain gap
              python selftrain_workpiece.py --supervision full               # the same network on ground truth
              python selftrain_workpiece.py --data workpiece --root my/parts # rendered/ train/ val/
              python selftrain_workpiece.py --data cityscapes --root data/cityscapes --rendered-root data/gta5
-             python selftrain_workpiece.py --predict photos/ --checkpoint runs/…/segmenter_4.pt
-Table 4      with --background 2: initial mask = stage `initial`; the others, each in its own folder:
-             python selftrain_workpiece.py --rounds 1 --no-rendered --no-spatial --out runs/t4-initial-only
-             python selftrain_workpiece.py --rounds 1 --no-spatial --out runs/t4-rendered
-             python selftrain_workpiece.py --rounds 1 --out runs/t4-spatial
+             python selftrain_workpiece.py --predict photos/ --checkpoint runs/…/segmenter_3.pt
+Table 4      initial mask = stage `initial`, label refinement = the run of Table 1; the others:
+             python selftrain_workpiece.py --background 2 --rounds 1 --no-rendered --no-spatial --out runs/t4a
+             python selftrain_workpiece.py --background 2 --rounds 1 --no-spatial --out runs/t4-rendered
+             python selftrain_workpiece.py --background 2 --rounds 1 --out runs/t4-spatial
 Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (SGD). One rate for all
                   layers; the poly schedule, stated for SGD alone, also with Adam
              [D2] classifier: only "classification network, CAM" is known. Here the segmentation network's
@@ -32,7 +32,8 @@ Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (
                   misses a part of the tags, the rest of that picture stays without label
              [D4] several parts in a picture: each has its own 2 %; two claims on a pixel: the larger CAM.
                   Preset solids 8 %: a part covers 5 % of its picture, and the rest of a mask is background
-             [D5] source weight: 1 + dilated edges; the paper's words: 0 elsewhere (--source-weight literal)
+             [D5] source weight: 1 + dilated edges; the paper's words: 0 elsewhere (--source-weight literal).
+                  Both weights are of the scaled and cropped label that a step sees
              [D6] Eq. (1): mean over the pixels with a label instead of the sum; the lost minus sign is back
              [D7] "labelled as negative" (§3.4) is "unlabelled" in Algorithm 2 and no background: 255
              [D8] ratio p: not stated. Parts cover few pixels and are the least certain, so the most certain
@@ -42,16 +43,21 @@ Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (
                   size does not depend on the data set
              [D10] refinement, which Algorithm 2 leaves out: each superpixel takes its most frequent label
                   ("unlabelled" is one), then a dense CRF on label unaries; what is unlabelled stays so
-             [D11] SLIC's, Canny's, the dilation's and the CRF's parameters, steps and number of rounds
-                  are not stated; a round goes on from the weights of the one before
-             [D12] --no-refine: the next round learns from raw predictions ("simply iteration", §3.4)
-             [D13] PSPNet's auxiliary loss (0.4) and scale, mirror and crop augmentation are PSPNet's paper's
-             [D14] --supervision full: real masks instead of pseudo labels, one round with the steps of all
+             [D11] SLIC's, Canny's, the dilation's and the CRF's parameters, steps, number of rounds and what
+                  ends them are not stated; a round goes on from the weights of the one before. After the last
+                  one no labels are made, as nothing would learn from them
+             [D12] --no-refine: the next round learns from plain predictions ("simply iteration", §3.4)
+             [D13] odd kernels centre feature cell i on pixel stride·i: the CAM is enlarged so; scores by
+                  torch's bilinear
+             [D14] --supervision full: real masks with α = 1 instead of pseudo labels, beside the rendered
+                  pictures; one round with the steps of all
              [D15] street scenes: the 19 classes have no background; class 0 is neither taught nor predicted
              [D16] the labels of a round hold classes of the picture's tags only, and a part of the tags that
                   they lost keeps its initial mask: else a part that is lost once is taught as background from
-                  then on (paper: "CAM and the super pixel map" refine the predictions, no more is said). Not
-                  with --initial source, which has no tags
+                  then on (paper: "CAM and the super pixel map" refine the predictions, no more is said). So
+                  the scores of round_1, round_2, … use tags, those of val do not, and S of Algorithm 2 is the
+                  largest share among the tags' classes. Not with --initial source, which has no tags
+             [D17] PSPNet's auxiliary loss (0.4) and scale, mirror and crop augmentation are PSPNet's paper's
 """
 
 from dataclasses import dataclass, replace
@@ -123,7 +129,7 @@ class Args:
     """steps between two checkpoints"""
     # --- pictures ---
     rendered: bool = True
-    """learn from rendered pictures too ("+ CAD" of Table 4)"""
+    """the rounds learn from rendered pictures too ("+ CAD" of Table 4); the encoder [D2] does in any case"""
     rendered_root: str = ""
     """folder of the rendered set: workpiece: one with rendered/, default --root; cityscapes: GTA5's, default
     data/gta5"""
@@ -197,11 +203,11 @@ class Args:
     seg_batch: int = 16
     """images a step over all processes, one half rendered"""
     seg_crop: int = 473
-    """pixels [D13]"""
+    """pixels [D17]"""
     seg_rescale: tuple[float, float] = (0.5, 2.0)
-    """the scale is drawn from this range [D13]"""
+    """the scale is drawn from this range [D17]"""
     seg_auxiliary: float = 0.4
-    """weight of PSPNet's auxiliary loss [D13]"""
+    """weight of PSPNet's auxiliary loss [D17]"""
     # --- 3 bottom-up step (§3.4, Algorithm 2) ---
     rounds: int = 4
     """at most [D11]"""
@@ -211,9 +217,9 @@ class Args:
     refine: bool = True
     """Algorithm 2 and the refinement (Table 4); without: raw predictions [D12]"""
     ratio: float = 0.9
-    """p of Algorithm 2 after the first round: share of the pixels that keep their label [D8]"""
+    """p of Algorithm 2, where it is used first: share of the pixels that keep their label [D8]"""
     ratio_step: float = 0.03
-    """added after each further round"""
+    """added each time after"""
     ratio_max: float = 0.98
     """p does not grow beyond"""
     label_tags: bool = True
@@ -357,7 +363,8 @@ def source_weight(label, width, form="plus_one"):
 def target_weight(label, form="literal"):
     """§3.3: α = σ(d), d the distance of a pixel of a mask to where the mask ends; 0 outside all masks.   [D3]
 
-    The picture's edge is no end of a mask.   label (H,W) uint8 -> α (H,W) in [0.5,1], "rescaled" [0,1]
+    The array's edge is no end of a mask, padding and unlabelled pixels are.
+    label (H,W) uint8 -> α (H,W) in [0.5,1], "rescaled" [0,1]
     """
     d = np.zeros(label.shape, np.float32)
     for k in np.setdiff1d(label, (0, 255)):
@@ -455,7 +462,7 @@ def initial_label(cam, tags, index, share, decay, rest="background"):
 
 
 # ── Label refinement (§3.4, Algorithm 2): arrays in, arrays out ─────────────────────────────────────────────
-LEVELS, FINEST = 4096, 16.2                                     # 1 − S below e^−16.2 is 0 in float32
+LEVELS, FINEST = 4096, 16.2                                     # all 1 − S below e^−16.2 are one level
 
 
 def level_of(S):
@@ -482,9 +489,8 @@ def alg2_label(P, threshold):
 
 def vote(label, index):
     """Each superpixel takes its most frequent label, of which "unlabelled" is one.   [D10]"""
-    counts = np.zeros((index.max() + 1, 256), np.int64)
-    np.add.at(counts, (index.ravel(), label.ravel()), 1)
-    return counts.argmax(1).astype(np.uint8)[index]
+    counts = np.bincount(256 * index.ravel() + label.ravel(), minlength=256 * (index.max() + 1))
+    return counts.reshape(-1, 256).argmax(1).astype(np.uint8)[index]
 
 
 def unaries(label, classes, prob):
@@ -513,7 +519,7 @@ def refine_labels(images, labels, classes, regions, crf, prob, backend="torch", 
 # ── Data ────────────────────────────────────────────────────────────────────────────────────────────────────
 def load_real(args, split, masks=False):
     """The real pictures; of solids those on --background."""
-    dataset = load(args, split, masks)
+    dataset = load(args, split, masks, fields=("mask",))
     if args.data != "solids" or args.background < 0:
         return dataset
     names = [name for name in dataset.names if name.endswith(f"_b{args.background}")]
@@ -526,7 +532,8 @@ def load_rendered(args, classes):
     """The rendered pictures with their masks; the classes must be those of the real ones."""
     street = args.data == "cityscapes"
     root = args.rendered_root or ("data/gta5" if street else args.root)
-    dataset = load(replace(args, data="gta5" if street else args.data, root=root), "rendered")
+    dataset = load(replace(args, data="gta5" if street else args.data, root=root), "rendered",
+                   fields=("mask",))
     if dataset.classes != classes:
         raise DataError(f"the rendered set {root} has the classes {', '.join(dataset.classes)}, the real one "
                         f"{args.root} {', '.join(classes)}; give both one classes.txt")
@@ -675,8 +682,8 @@ def augment_with(args, weigh):
         sample = flip(sample) if rng.random() < 0.5 else sample
         sample = crop(sample, args.seg_crop, rng)
         label = sample.mask if hasattr(sample, "mask") else sample.pseudo
-        plain = Sample(name=sample.name, image=sample.image, tags=sample.tags, pseudo=label)
-        return changed(normalise(plain), weight=torch.from_numpy(weigh(label)).float())
+        return changed(normalise(Sample(image=sample.image, pseudo=label)),
+                       weight=torch.from_numpy(weigh(label)).float())
     return augment
 
 
@@ -712,7 +719,7 @@ def train_round(args, run, stage, steps, number, real, rendered, encoder, net=No
         with run.autocast():
             logits, auxiliary = ddp(batch.image)
         loss = eq2_joint_loss(logits, label, alpha, n)
-        total = loss + args.seg_auxiliary * eq2_joint_loss(auxiliary, label, alpha, n)  # [D13]
+        total = loss + args.seg_auxiliary * eq2_joint_loss(auxiliary, label, alpha, n)  # [D17]
         optim.zero_grad()
         total.backward()
         optim.step()
@@ -769,7 +776,7 @@ def write_round_labels(args, run, net, train_set, source, folder, p):
     for name in train_set.names:
         with np.load(run.path(f"confidence/{source}", name, ".npz")) as file:
             counts += file["counts"]
-    threshold, last = alg2_threshold(counts, p), args.label_crf if args.refine_crf else None
+    threshold, crf = alg2_threshold(counts, p), args.label_crf if args.refine_crf else None
     with run.timed(folder):
         for names in run.todo(train_set.names, folder, chunk=16, stage=folder):
             if not args.refine:                                                         # [D12]
@@ -783,7 +790,7 @@ def write_round_labels(args, run, net, train_set, source, folder, p):
             regions = [None] * len(names)
             if args.refine_superpixels:
                 regions = [slic_regions(image, args.superpixels, args.compactness) for image in images]
-            labels = refine_labels(images, labels, len(train_set.classes) + 1, regions, last,
+            labels = refine_labels(images, labels, len(train_set.classes) + 1, regions, crf,
                                    args.label_prob, args.crf, args.workers, run.device)
             for s, label in zip(samples, labels):
                 if args.keep_initial and args.initial == "cam":
@@ -898,18 +905,24 @@ def predict_folder(args):
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────
 def check_selftrain(args):
     """What would else fail after hours, or quietly mean something else."""
-    needs_rendered = args.source_only or args.initial == "source"
+    needs_rendered = args.source_only or args.initial == "source" and args.supervision != "full"
     if needs_rendered and not args.rendered:
         raise UserError("--no-rendered leaves nothing to learn from with --source-only or --initial source")
     if args.rounds < 1 or args.edge_width < 1:
         raise UserError("--rounds and --edge-width: give 1 or more")
-    if args.seg_batch % (2 * world()) or args.seg_batch < 2 * world():
+    if args.seg_batch % (2 * world()):
         raise UserError(f"--seg-batch {args.seg_batch}: give a multiple of {2 * world()}, a real and a "
                         "rendered picture for each process")
     if not 0 < args.cam_decay < 1 or not 0 <= args.cam_share < 1:
         raise UserError("--cam-decay and --cam-share: give shares between 0 and 1")
-    if not 0 < args.ratio <= 1 or not 0 < args.ratio_max <= 1 or args.ratio_step < 0:
-        raise UserError("--ratio and --ratio-max: give shares above 0 and up to 1; --ratio-step: 0 or more")
+    if not 0 < args.ratio <= args.ratio_max <= 1 or args.ratio_step < 0:
+        raise UserError("--ratio and --ratio-max: give shares above 0 and up to 1, the latter not below the "
+                        "former; --ratio-step: 0 or more")
+    if not args.test_scales or not args.cam_scales or args.superpixels < 1 or args.compactness <= 0:
+        raise UserError("--test-scales and --cam-scales: give one or more; --superpixels and --compactness: "
+                        "above 0")
+    if not 0 < args.cam_resize[0] <= args.cam_resize[1]:
+        raise UserError("--cam-resize: give the smaller size first")
     make_pspnet(args, args.weights, 1)                                                 # wrong weights: now
     if args.enc_steps and (pretrained(args.backbone, args.weights) or args.cam_backbone != args.backbone):
         raise UserError("--enc-steps is for --weights none and one backbone for both networks; with trained "
@@ -930,10 +943,12 @@ def self_train(args, run, train_set, rendered, net, encoder):
         values, change = {}, 1.0
         if not last:
             folder = f"pseudo_{number}"
-            p = min(args.ratio_max, args.ratio + (number - 1) * args.ratio_step)
+            uses = number - (args.initial == "cam")             # initial source: the first was `initial`
+            p = min(args.ratio_max, args.ratio + uses * args.ratio_step)
             write_round_labels(args, run, net, train_set, stage, folder, p)
             change = label_change(run, train_set.names, labels, folder)
-            values, labels = dict(labels=folder, ratio=p, change=100 * change), folder
+            values = dict(labels=folder, ratio=p if args.refine else 1.0, change=100 * change)
+            labels = folder
         timed = [f"segmenter_{number}", stage, f"pseudo_{number}"]
         evaluate(args, run, stage, "train", stage, timed, **values)
         if change < args.stop_change:
@@ -970,7 +985,8 @@ def main():
         else:
             predict_train(args, run, net, train_set, "initial_raw")
             write_round_labels(args, run, net, train_set, "initial_raw", "initial", args.ratio)
-            evaluate(args, run, "initial", "train", "initial_raw", ["source", "initial"], labels="initial")
+            evaluate(args, run, "initial", "train", "initial_raw",
+                     ["source", "initial_raw", "initial"], labels="initial")
         net = self_train(args, run, train_set, rendered, net, encoder)                  # Algorithm 1
     write_predictions(args, run, net, val_set)
     if not run.has("val_crf"):
