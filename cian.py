@@ -31,12 +31,13 @@ Departures   [D1] backbones are torchvision's; the authors' is MXNet's pre-activ
              [D9] Eqs. 6, 8: on the feature grid, mean over the batch's pixels with a label (authors' code);
                   a crop's padding has no label (authors' code: background)
              [D10] rate decays with each step; authors' code: with each epoch
-             [D11] an image that shares no class with another is paired with another crop of itself
+             [D11] an image that shares no class with another is paired with another crop of itself; several
+                  references all share one class with the query (paper: each of them some class)
              [D12] test: mean probability of scales and mirror images (paper silent); authors' code: logits,
                   and the scales' maximum as one map more
              [D13] odd kernels centre feature cell i on pixel stride·i: so seeds are read and scores enlarged
-             [D14] presets: φ's first weights scaled to narrower layers; with so few pictures the completion
-                  loss waits for --warmup steps (on photographs untried, see benchmarks/RESULTS.md)
+             [D14] presets: with few pictures the completion loss waits for --warmup steps, as it keeps to what
+                  the network says first; shapes: φ's first weights scaled to narrower layers
              [D15] retraining labels: classes of the image's tags only (paper silent; --no-retrain-tags)
              [D16] --supervision full: L_ce alone, one round
              [D17] --strong-ratio: the ground truth also stays in the labels of later rounds (paper silent)
@@ -61,8 +62,8 @@ from common import (
     overlay, parse_args, poly, rank, read_checkpoint, reduce, save_image, save_label, save_npz, shard,
     start_processes, world)
 from data import (
-    PICTURES, Draws, Sample, changed, crop, flip, load, normalise, read_image, read_label, reading, require,
-    rescale, resize_long, stems, with_labels)
+    PICTURES, DataError, Draws, Sample, changed, crop, flip, load, normalise, read_image, read_label, reading,
+    require, rescale, resize_long, stems, tags_in, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -134,8 +135,8 @@ class Args:
     """folder with a grey PNG, 0 to 255, for each training image; default: boundary connectivity [D3]"""
     saliency_threshold: float = 0.06
     """given saliency maps, 0 to 1: below is background"""
-    connectivity_threshold: float = 0.3
-    """the same for boundary connectivity, on another scale [D3]; set with a look at shapes' masks"""
+    connectivity_threshold: float = 0.06
+    """the same for boundary connectivity, whose scale is another one [D3]"""
     superpixels: int = 200
     """SLIC superpixels of boundary connectivity"""
     connectivity_sigma: float = 10.0
@@ -153,7 +154,7 @@ class Args:
     merge: Literal["max", "mean"] = "max"
     """Eq. 5, or the average function"""
     init_std: float = 0.01
-    """§Reproducibility: of all new layers' normal distributions"""
+    """§Reproducibility: of φ's normal distributions; the classification layers have 0.01 in any case"""
     dilation: int = 12
     """of LargeFOV, the classification layer f_c"""
     # --- 4 losses (§Training Loss) ---
@@ -197,9 +198,9 @@ class Args:
 
 # What two CPU cores do in minutes; everything else as the paper.
 SHAPES = dict(
-    backbone="tiny", cam_backbone="tiny", weights="none", cam_stride=8, seg_stride=4,
+    backbone="tiny", cam_backbone="tiny", weights="none", seg_stride=4,
     cam_steps=4000, cam_batch=8, cam_lr=0.05, cam_crop=96, cam_resize=(96, 128), superpixels=150,
-    init_std=0.1, dilation=6, warmup=1000,                                               # [D14]
+    connectivity_threshold=0.3, init_std=0.1, dilation=6, warmup=1000,                               # [D14]
     seg_steps=4000, retrain_steps=1500, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rescale=(0.75, 1.0, 1.25))
 # A few hundred photographs with a small pretrained backbone on two CPU cores.
 PHOTOS = dict(
@@ -440,10 +441,11 @@ def boundary_connectivity(image, number, sigma):
     return np.exp(-connectivity**2 / 2)[index]
 
 
-def given_saliency(folder, name, size):
-    """<folder>/<name>.png, brought to the image's size (H,W).   -> (H,W) in [0,1]"""
-    path = Path(folder) / f"{name}.png"
+def given_saliency(path, size):
+    """A grey PNG, brought to the image's size (H,W).   -> (H,W) in [0,1]"""
     with reading(path, "saliency map", "write it again as grey PNG"), Image.open(path) as file:
+        if file.mode[0] in "IF":                                # convert() would cut them off at 255
+            raise DataError(f"saliency map {path} has more than 8 bits a pixel ({file.mode}); save it with 8")
         return np.asarray(file.convert("L").resize(size[::-1], Image.Resampling.BILINEAR)) / 255
 
 
@@ -543,9 +545,11 @@ def train_classifier(args, run, train_set):
 
 def write_initial_seeds(args, run, net, train_set):
     """CAM and saliency -> seeds.   Writes cam/*.npz, saliency/*.png and seeds/*.png"""
+    maps = stems(Path(args.saliency)) if args.saliency else {}
+
     def saliency_of(sample):
-        if args.saliency:
-            return given_saliency(args.saliency, sample.name, sample.image.shape[:2])
+        if maps:
+            return given_saliency(maps[sample.name], sample.image.shape[:2])
         return boundary_connectivity(sample.image, args.superpixels, args.connectivity_sigma)
 
     background = args.saliency_threshold if args.saliency else args.connectivity_threshold
@@ -573,7 +577,7 @@ def read_cam(run, name, classes):
 def read_tags(run, train_set):
     """Tags of all training images, for the pairs.   Writes tags/train.npz -> (images,K) bool"""
     for (name,) in run.todo(["train"], "tags"):
-        tags = [train_set[i].tags for i in tqdm(range(len(train_set)), "tags")]
+        tags = [tags_in(train_set, each) for each in tqdm(train_set.names, "tags")]
         save_npz(run.path("tags", name, ".npz"), tags=np.array(tags, bool))
     with np.load(run.path("tags", "train", ".npz")) as file:
         return file["tags"]
@@ -584,7 +588,7 @@ def write_strong(args, run, train_set, folder):
 
     Writes <folder>_strong/*.png, whose name it returns. The only place where weak training sees masks.
     """
-    truth, target = load(args, "train", masks=True), f"{folder}_strong"
+    truth, target = load(args, "train", masks=True, fields=("mask",)), f"{folder}_strong"
     number = round(args.strong_ratio * len(train_set))
     chosen = {*np.random.default_rng(args.seed).permutation(train_set.names)[:number]}
     run.say(f"--strong-ratio {args.strong_ratio}: training sees the ground truth of {number} images")
@@ -641,7 +645,7 @@ def train_round(args, run, train_set, tags, folder, number, net):
         online = eq7_online_label(scores["self"], batch.tags, valid)
         run.log(step, loss=loss, **terms, known=(label != 255).float().mean(),
                 background=(label == 0).float().mean(), online=(online != 255).float().mean(),
-                gamma=net.affinity.gamma())
+                online_background=(online == 0).float().mean(), gamma=net.affinity.gamma())
     return net.eval()
 
 
@@ -695,7 +699,7 @@ def evaluate_stage(args, run, stage, split, folder, timed, **values):
 
     folder: label maps; cam: the classes whose CAM is above the seeds' threshold
     """
-    truth = load(args, split, masks=True)
+    truth = load(args, split, masks=True, fields=("mask",))
     if "mask" not in truth.fields:                                                    # own data may lack it
         return
 
@@ -742,10 +746,10 @@ def evaluate_attention(args, run, net):
     Mean over val pairs with that class in both grids: for the query's pixels of the class, and for all of
     them (Fig. 3's mean map).   -> fields of results.json, {} without masks
     """
-    truth, s = load(args, "val", masks=True), net.stride
+    truth, s = load(args, "val", masks=True, fields=("mask",)), net.stride
     if "mask" not in truth.fields:
         return {}
-    pairs = partners(np.array([truth[i].tags for i in range(len(truth))]))
+    pairs = partners(np.array([tags_in(truth, name) for name in truth.names]))
     total = torch.zeros(4, dtype=torch.float64)
     for i, j, c in tqdm(shard(pairs), "attention", disable=rank() > 0):
         query, reference = truth[i], truth[j]
@@ -766,7 +770,7 @@ def draw_labels(args, run, split, columns):
     """panels/<split>.png: contact sheet of the first 16 images, one row each.   columns {folder: title}"""
     if rank() > 0:
         return
-    truth, rows = load(args, split, masks=True), []
+    truth, rows = load(args, split, masks=True, fields=("mask",)), []
     for s in (truth[i] for i in range(min(16, len(truth)))):
         maps = []
         if split == "train":
@@ -786,7 +790,7 @@ def draw_affinity(args, run, net):
     """
     if rank() > 0:
         return
-    truth, rows = load(args, "val", masks=True), []
+    truth, rows = load(args, "val", masks=True, fields=("mask",)), []
     samples = [truth[i] for i in range(min(64, len(truth)))]
 
     def heat(x, size):
@@ -867,9 +871,18 @@ def check_args(args, train_set):
     if args.completion and args.supervision != "full" and args.warmup >= args.seg_steps:
         raise UserError(f"--warmup {args.warmup}: with --seg-steps {args.seg_steps} the completion loss "
                         "would never begin; give fewer, or --no-completion")
+    for name in ("cam_resize", "cam_scales", "superpixels", "connectivity_sigma", "dilation", "init_std",
+                 "seg_rescale", "test_scales"):
+        if not np.size(getattr(args, name)) or np.min(getattr(args, name)) <= 0:
+            raise UserError(f"--{name.replace('_', '-')}: give numbers above 0")
+    if args.cam_resize[0] > args.cam_resize[1]:
+        raise UserError("--cam-resize: give the smaller size first")
+    for name in ("foreground", "saliency_threshold", "connectivity_threshold"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')}: give a number from 0 to 1")
     if not 0 <= args.strong_ratio < 1:
         raise UserError(f"--strong-ratio {args.strong_ratio}: give a share of the images, from 0 to below 1")
-    if args.strong_ratio and "mask" not in load(args, "train", masks=True).fields:
+    if args.strong_ratio and "mask" not in load(args, "train", masks=True, fields=("mask",)).fields:
         raise UserError("--strong-ratio needs masks of the training images, and they are not all there")
     if args.saliency:
         require(train_set.names, stems(Path(args.saliency)), args.saliency, "each needs a grey PNG there")
@@ -881,7 +894,7 @@ def main():
     args.cam_backbone = args.backbone if args.cam_backbone == "same" else args.cam_backbone
     if args.predict:
         return predict_folder(args)
-    train_set, val_set = load(args, "train"), load(args, "val")
+    train_set, val_set = (load(args, split, fields=("mask",)) for split in ("train", "val"))
     start_processes(args.device)
     check_args(args, train_set)
     run, weak = Run(args, FIELDS), args.supervision != "full"

@@ -218,11 +218,14 @@ def test_given_saliency_of_another_size(tmp_path):
     image = np.zeros((10, 20), np.uint8)
     image[:, 10:] = 255
     save_image(tmp_path / "a.png", image)
-    saliency = cian.given_saliency(tmp_path, "a", (20, 40))
+    saliency = cian.given_saliency(tmp_path / "a.png", (20, 40))
     assert saliency.shape == (20, 40) and (saliency[:, :15] == 0).all() and (saliency[:, 25:] == 1).all()
     (tmp_path / "b.png").write_text("no picture")
-    with pytest.raises(DataError, match="b.png"): cian.given_saliency(tmp_path, "b", (20, 40))
-    with pytest.raises(DataError, match="c.png"): cian.given_saliency(tmp_path, "c", (20, 40))
+    with pytest.raises(DataError, match="b.png"): cian.given_saliency(tmp_path / "b.png", (20, 40))
+    with pytest.raises(DataError, match="c.png"): cian.given_saliency(tmp_path / "c.png", (20, 40))
+    Image.fromarray(np.full((10, 20), 40_000, np.uint16)).save(tmp_path / "d.png")
+    with pytest.raises(DataError, match="d.png has more than 8 bits"):
+        cian.given_saliency(tmp_path / "d.png", (20, 40))
 
 
 def test_cam_is_normalised_and_has_the_images_classes_only():
@@ -486,6 +489,8 @@ def test_predicts_with_the_runs_network(finished, folder, tmp_path):
     (["--predict", "x"], "checkpoint"), (["--seg-batch", "3"], "multiple of 2"),
     (["--references", "0"], "no-cross"), (["--seg-steps", "2"], "never begin"),
     (["--references", "2"], "multiple of 3"), (["--strong-ratio", "1.5"], "share"),
+    (["--test-scales"], "test-scales: give numbers above 0"), (["--dilation", "0"], "dilation"),
+    (["--cam-resize", "90", "60"], "smaller size first"), (["--foreground", "15"], "from 0 to 1"),
     (["--backbone", "mobilenet_v2", "--weights", "nowhere.pt"], "nowhere")])
 def test_mistakes_end_with_one_sentence(folder, tmp_path, more, words):
     with pytest.raises(UserError, match=words): run_here(*command(folder, tmp_path / "out", *more))
