@@ -36,8 +36,8 @@ Departures   [D1] backbones are torchvision's; the authors' is MXNet's pre-activ
              [D12] test: mean probability of scales and mirror images (paper silent); authors' code: logits,
                   and the scales' maximum as one map more
              [D13] odd kernels centre feature cell i on pixel stride·i: so seeds are read and scores enlarged
-             [D14] presets: with few pictures the completion loss waits for --warmup steps, as it keeps to what
-                  the network says first; shapes: φ's first weights scaled to narrower layers
+             [D14] presets: with few pictures the completion loss waits for --warmup steps, as it keeps to
+                  what the network says first; shapes: φ's first weights scaled to narrower layers
              [D15] retraining labels: classes of the image's tags only (paper silent; --no-retrain-tags)
              [D16] --supervision full: L_ce alone, one round
              [D17] --strong-ratio: the ground truth also stays in the labels of later rounds (paper silent)

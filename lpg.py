@@ -30,7 +30,9 @@ Departures   [D1] g sees RGB by ImageNet's mean and deviation; authors' code: BG
              [D7] equal overlap rates: the class listed first (paper silent)
              [D8] LargeFOV starts from VGG16, its fc6 and fc7 thinned out as by DeepLab; the authors' file
                   init_deeplab_largeFOV is not needed. DeepLab-ResNet101 without its multi-scale training
-             [D9] ASPP's weights learn; in the authors' script they do not, by a misspelt filter
+             [D9] ASPP's weights learn; in the authors' script they do not, by a misspelt filter. Its
+                  ResNet101 trains its batch norm and has no max-pooling (stride 4); here both are ImageNet's,
+                  stride 8. g sees whole images padded to what its levels need; authors': to 512 or 640
              [D10] ResNet generators (Table II): output stride 8 and a 1x1 layer, from nothing (paper silent;
                   so they have the paper's number of weights)
              [D11] CRF on boxes: WSSL's Bbox-Seg, the middle fifth of a box is certain; the paper cites WSSL
@@ -111,9 +113,11 @@ class Args:
     """steps between two checkpoints"""
     # --- data sets (§IV-A) ---
     classes: str = ""
-    """classes of the target: all, or numbers and names: 1-10,cat; not-voc = all but VOC's 20"""
+    """classes of the target: all, or numbers and names: 1-10,cat; not-voc = all but VOC's 20. Pictures that
+    show none of them are left out, in val too"""
     aux: str = ""
-    """auxiliary data sets, comma-separated; default: coco for voc, voc for coco, shapes-aux for shapes"""
+    """auxiliary data sets, comma-separated; default: coco for voc, voc for coco, shapes-aux for shapes. Their
+    list is --train-list, or train where that is a file of names"""
     aux_root: str = ""
     """their folders, comma-separated; default data/<name>"""
     aux_classes: str = ""
@@ -177,8 +181,8 @@ class Args:
     """DeepLab's"""
     weight_decay: float = 5e-4
     """DeepLab's"""
-    seg_crf: CRF | None = None
-    """Gauss σ and weight, bilateral σ_xy, σ_rgb and weight, iterations; None = authors' code: 3 3 140 5 5 10
+    seg_crf: CRF = CRF(0, 0, 0, 0, 0, 0)
+    """Gauss σ and weight, bilateral σ_xy, σ_rgb and weight, iterations; 0 = authors' code: 3 3 140 5 5 10
     for vgg16, else 1 3 67 3 4 10"""
     # --- what pseudo masks are compared with (Table III) ---
     label_crf: CRF = CRF(3, 3, 140, 5, 5, 10)
@@ -191,7 +195,7 @@ class Args:
     """training pictures on which the last generator also runs with a probability channel of zeros"""
 
 
-# Table I and the authors' CRF, for fields that are 0 or None.
+# Table I and the authors' CRF, for fields that are 0.
 TABLE_I = {True: dict(seg_steps=20_000, seg_batch=30, seg_lr=1e-3, seg_crf=CRF(3, 3, 140, 5, 5, 10)),
            False: dict(seg_steps=40_000, seg_batch=10, seg_lr=2.5e-4, seg_crf=CRF(1, 3, 67, 3, 4, 10))}
 AUXILIARY = {"shapes": "shapes-aux", "voc": "coco", "coco": "voc"}
@@ -214,10 +218,11 @@ FIELDS = {stage: names.split() for stage, names in {
     "aux_segmenter_0": "amp weights aux aux_root aux_classes aux_fraction first_stage backbone seg_stride "
                        "large_fov seg_rates seg_steps seg_batch seg_lr seg_crop seg_rescale momentum "
                        "weight_decay",
+    "aux_prob_1": "",
     "generator_1": "generator_net hg_dims hg_modules hg_features gen_steps gen_batch gen_lr gen_weight_decay "
                    "gen_crop gen_rescale gen_scale",
     "aux_pseudo_1": "overlap",
-    "aux_prob_1": "", "aux_segmenter_1": "",
+    "aux_segmenter_1": "",
     **{f"{part}_{n}": "" for n in range(2, 10)
        for part in ("aux_prob", "generator", "aux_pseudo", "aux_segmenter")},
     "segmenter_0": "supervision semi_masks",
@@ -306,7 +311,8 @@ def eq3_generate(g, x, y_b, f):
 
 
 def eq5_6_generator_loss(logits, y_p):
-    """Eqs. (5), (6): L(y^p, g(…)), cross-entropy with the true mask; (6) puts g itself for f trained on it.
+    """Eqs. (5), (6): L(y^p, g(…)), cross-entropy with the true mask. (5) asks it of the f that learned g's
+    masks; (6) puts g in that f's place.
 
     logits (B,2,h,w); y_p (B,H,W): 1 = the class, 0 = not, 255 = no label   [D2]
     """
@@ -472,7 +478,7 @@ def pseudo_masks(g, net, sample, rule, scale, device, blind=False):
     if not classes:
         return np.zeros((H, W), np.uint8), np.zeros((H, W), np.uint8)
     y_b = torch.from_numpy(y_b).to(device)
-    small = sample if scale == 1 else rescale(sample, scale)
+    small = rescale(sample, scale)
     size = small.image.shape[:2]
     x = normalise(Sample(image=small.image)).image.to(device).expand(len(classes), -1, -1, -1)
     f, alone = torch.zeros(len(classes), *size, device=device), filled_boxes(sample.boxes, H, W)
@@ -545,7 +551,9 @@ def write_probs(run, folder, dataset, net):
         for (name,) in run.todo(dataset.names, folder, stage=folder):
             sample = dataset[dataset.index(name)]
             classes = np.unique(sample.boxes[:, 0]).astype(int)
-            prob = class_scores(net, sample.image, run.device).softmax(1)[0, classes]
+            with run.autocast():                                # as in write_pseudo_masks
+                scores = class_scores(net, sample.image, run.device)
+            prob = scores.float().softmax(1)[0, classes]
             save_npz(run.path(folder, name, ".npz"), classes=classes, prob=prob.half().cpu().numpy())
 
 
@@ -585,15 +593,15 @@ def train_generator(args, run, number, aux_set, folder, g=None):
     run.reseed(stage)
     if g is None:
         g = make_generator(args.generator_net, args.hg_dims, args.hg_modules, args.hg_features)
-    ddp = distribute(g.to(run.device)).train()                  # channels last crashes torch 2.15 on a CPU
+    ddp = distribute(g.to(run.device)).train()                  # channels last crashed torch 2.15 on a CPU
     optim = torch.optim.Adam(g.parameters(), lr=args.gen_lr, betas=(0.9, 0.999),
                              weight_decay=args.gen_weight_decay)
     augment = generator_augment(args, run.dir / folder if folder else None)
-    draws, schedule = Draws(aux_set, augment, 1000 * args.seed + 100 + number), poly(args.gen_steps)
+    draws, schedule = Draws(aux_set, augment, 1000 * args.seed + 100 + number), poly(args.gen_steps)    # [D4]
     for step, batch in run.steps(stage, draws, args.gen_steps, args.gen_batch, g, optim, schedule):
         with run.autocast():
             logits = eq3_generate(ddp, batch.image, batch.pseudo, batch.seed / 254)
-        loss = eq5_6_generator_loss(logits, batch.mask)                                 # [D4]
+        loss = eq5_6_generator_loss(logits, batch.mask)
         optim.zero_grad()
         loss.backward()
         optim.step()
@@ -627,8 +635,11 @@ def learn_generators(args, run, aux_set):
     return found
 
 
+MADE = ("generator_net", "hg_dims", "hg_modules", "hg_features", "gen_scale", "first_stage")
+
+
 def read_generators(args, device):
-    """The first --stages generators of --generator; its architecture and scale become this run's."""
+    """The first --stages generators of --generator; how they were made (MADE) becomes this run's way."""
     state = read_state(args.generator)
     if "generators" not in state:
         raise UserError(f"--generator {args.generator} is not the generators.pt of a run")
@@ -639,7 +650,7 @@ def read_generators(args, device):
         g = make_generator(made["generator_net"], made["hg_dims"], made["hg_modules"], made["hg_features"])
         load_exactly(g, weights, args.generator)
         found.append(g.to(device).eval())
-    for field in ("generator_net", "hg_dims", "hg_modules", "hg_features", "gen_scale"):
+    for field in MADE:
         setattr(args, field, made[field])
     return found
 
@@ -808,7 +819,9 @@ def auxiliary_set(args, target, val):
     """§IV-A: boxes and masks of classes that the target does not have, without the target's own pictures."""
     sources = (args.aux or AUXILIARY.get(args.data, "")).split(",")
     roots = args.aux_root.split(",") if args.aux_root else [f"data/{source}" for source in sources]
-    if sources == [""] or len(roots) != len(sources):
+    if sources == [""]:
+        raise UserError(f"--data {args.data} has no auxiliary set by default: give --aux and --aux-root")
+    if len(roots) != len(sources):
         raise UserError(f"--aux {args.aux} --aux-root {args.aux_root}: give as many folders as data sets")
     def place(data, root):                                  # VOC's folder may be given in three ways
         return data, (voc_root(Path(root)) if data == "voc" else Path(root)).resolve()
@@ -828,6 +841,9 @@ def auxiliary_set(args, target, val):
         raise UserError(f"{', '.join(both) or 'all auxiliary classes'}: also in the target set; choose "
                         "others by --classes and --aux-classes")
     every = select(every, chosen)
+    if not len(every):
+        raise UserError("no auxiliary picture is left: those of the target and those that show none of "
+                        f"{', '.join(chosen)} do not count; choose others by --aux and --aux-classes")
     number = max(1, round(args.aux_fraction * len(every)))
     kept = {*np.random.default_rng([args.seed, 1]).permutation(every.names)[:number].tolist()}
     return select(every, names=[name for name in every.names if name in kept])
@@ -836,7 +852,9 @@ def auxiliary_set(args, target, val):
 def settle_args(args):
     """Fields that are left open get their values; what would else fail after hours fails now."""
     for field, value in TABLE_I[args.backbone == "vgg16"].items():
-        setattr(args, field, getattr(args, field) or value)
+        if field != "seg_crf": setattr(args, field, getattr(args, field) or value)
+    theirs = TABLE_I[args.backbone == "vgg16"]["seg_crf"]
+    args.seg_crf = CRF(*(mine or default for mine, default in zip(args.seg_crf, theirs)))
     g = make_generator(args.generator_net, args.hg_dims, args.hg_modules, args.hg_features)
     if args.gen_crop % g.multiple:
         raise UserError(f"--gen-crop {args.gen_crop}: give a multiple of {g.multiple} for this generator")
@@ -844,6 +862,15 @@ def settle_args(args):
         raise UserError(f"--stages {args.stages}: give 1 to 9")
     if not 0 < args.aux_fraction <= 1:
         raise UserError(f"--aux-fraction {args.aux_fraction}: give a share of the pictures, above 0 up to 1")
+    if not args.seg_rates or min(args.seg_rates) < 1 or args.gen_scale <= 0:
+        raise UserError("--seg-rates: give one dilation or more, from 1; --gen-scale: above 0")
+    if min(args.seg_lr, args.gen_lr) <= 0 or not all(0 < low <= high for low, high in
+                                                     (args.seg_rescale, args.gen_rescale)):
+        raise UserError("--seg-lr, --gen-lr: above 0; --seg-rescale, --gen-rescale: above 0, smaller first")
+    learns = args.supervision != "full" and not args.generator
+    if learns and args.gen_batch // world() < 2 and args.gen_crop == g.multiple:
+        raise UserError(f"--gen-batch {args.gen_batch}: with --gen-crop {args.gen_crop} batch norm sees one "
+                        "value a process; give two images a process, or a larger crop")
     make_deeplab(args.backbone, args.weights, args.seg_stride, args.large_fov, args.seg_rates, 1)
     if args.generator:
         read_generators(args, "cpu")
@@ -853,12 +880,14 @@ def main():
     args = parse_args(Args, __doc__, presets={"shapes": SHAPES, "photos": PHOTOS})
     if args.predict:
         return predict_folder(args)
+    start_processes(args.device)
     settle_args(args)
     full, semi, N = args.supervision == "full", args.supervision == "semi", args.stages
     train_set, val_set = target_set(args, "train"), target_set(args, "val")
     truth = semi_set(args, train_set) if semi else None
+    if not len(train_set) or not len(val_set):
+        raise UserError(f"--classes {args.classes}: no picture of train, or none of val, shows one of them")
     aux_set = None if full or args.generator else auxiliary_set(args, train_set, val_set)
-    start_processes(args.device)
     run = Run(args, FIELDS)
     generators = []
     if not full:
@@ -866,7 +895,7 @@ def main():
         write_baselines(args, run, train_set)
         evaluate_stage(args, run, "pseudo_crf", "train", ["pseudo_crf"], {"miou_boxes": "boxes"}, crf=True)
         evaluate_stage(args, run, "pseudo_grabcut", "train", ["pseudo_crf"], crf=False)
-        run.say(f"auxiliary set: {aux_set and len(aux_set)} pictures, {aux_set and aux_set.classes}")
+        if aux_set: run.say(f"auxiliary set: {len(aux_set)} pictures, {aux_set.classes}")
         generators = (read_generators(args, run.device) if args.generator else
                       learn_generators(args, run, aux_set))
     net = None

@@ -18,8 +18,10 @@ Tables       5.6 --test-scales 1 · 5.7 --guide none, with the stages test_1shot
 Commands     python scl.py                                     # embedded shapes, made for two CPU cores
              python scl.py --guide none --out runs/scl-none    # the baseline
              python scl.py --compare runs/scl-none runs/scl-shapes-full-s0        # gain and its interval
-             python scl.py --data voc --root data/voc --baseline pfenet --fold 1  # paper: 61.8, 62.9, 4 folds
-             python scl.py --data coco --root data/coco --baseline pfenet --backbone resnet101   # paper: 37.0
+             python scl.py --data voc --root data/voc --baseline pfenet --fold 1  # paper: 70.0, 70.9; mean of
+                                                                                  # the four folds 61.8, 62.9
+             python scl.py --data coco --root data/coco --baseline pfenet --backbone resnet101  # paper: 36.4,
+                                                                                  # mean of the folds 37.0
              python scl.py --predict photos/ --support-images a.jpg b.jpg --support-masks a.png b.png \
                  --checkpoint runs/scl-voc-full-s0/segmenter.pt
 Departures   [D1] backbones are torchvision's; PFENet's has a stem of three 3x3 convolutions
@@ -27,7 +29,8 @@ Departures   [D1] backbones are torchvision's; PFENet's has a stem of three 3x3 
                   the batch (--batch-norm batch)
              [D3] CANet's history mask: a prediction of the same step, without gradient, in place of the last
                   epoch's, of which random episodes have none
-             [D4] the paper's rates are a tenth of those that the authors' code ends up with; these are taken
+             [D4] the paper's rates are a tenth of those that the authors' code ends up with; the latter are
+                  taken
              [D5] masks: grid cell i is pixel stride·i, so M_s is binary as in Eq. 5.1 (authors' code:
                   bilinear); a mask between all cells takes the cells that it touches
              [D6] Eqs. 5.7, 5.10, 5.13: on pixels, mean over those with a label (both baselines' codes); 255
@@ -37,8 +40,9 @@ Departures   [D1] backbones are torchvision's; PFENet's has a stem of three 3x3 
                   authors' code (--cgm-score code): i ≠ k, predictions of the support's module, for PFENet the
                   mean of both classes' IoU. All U zero: the average
              [D9] --vectors s, pri, aux: the one vector takes both places; --vectors s has no L_s2, which
-                  would be L_s1 once more
-             [D10] bins of PFENet are shares of the feature grid, 60/60 to 8/60, in tests too
+                  would be L_s1 once more. --vectors all: three places, in Eq. 5.2 all of them v_s
+             [D10] bins of PFENet are shares of the feature grid, 60/60 to 8/60, in tests and for COCO too
+                  (authors' code, COCO: the smallest 1/8)
              [D11] a crop without a pixel of the class is drawn again, ten times at most
              [D12] test classes are drawn with equal chance; classes with fewer pictures than shots + 1 are
                   left out and named; the last network is tested (authors' code: the best epoch on the test
@@ -52,6 +56,10 @@ Departures   [D1] backbones are torchvision's; PFENet's has a stem of three 3x3 
              [D15] PASCAL-5i trains on train_aug, 10,582 pictures, for as many steps as 200 epochs of the
                   authors' list of 5,953, which --train-list can name
              [D16] CANet's query: pictures longer than 640 pixels, COCO's longest, are seen at 640
+             [D17] CANet's test refines --refinements times (its code: while the mask still changes for the
+                  better); it trains 200 epochs, on COCO as many steps (SCL's code for CANet: 150 epochs)
+             [D18] PFENet's second pass over the support computes its pyramid anew, as Eq. 5.8 has it
+                  (authors' code: the first pass's once more)
 Nothing here uses a dense CRF, as in the paper; --crf has no effect.
 """
 
@@ -68,9 +76,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (
-    DeepLab, Run, UserError, barrier, contact_sheet, make_backbone, overlay, parse_args, poly, rank,
-    read_checkpoint, read_json, reduce, save_image, save_label, save_npz, shard, start_processes, world,
-    write_json)
+    DeepLab, Run, UserError, barrier, contact_sheet, inference, make_backbone, overlay, parse_args, poly,
+    rank, read_checkpoint, read_json, reduce, save_image, save_label, save_npz, shard, start_processes,
+    world, write_json)
 from data import (
     MEAN, PICTURES, DataError, Draws, Sample, changed, class_areas, class_folds, class_mask, crop, flip, load,
     normalise, read_image, read_label, rescale, resize, resize_long, window)
@@ -450,7 +458,7 @@ class SCL(nn.Module):
         v["pri"], v["aux"] = eq5_5_6_primary_auxiliary(F_s, M_s, eq5_4_predicted_mask(scores["s1"][0]))
         chosen = [v[name] for name in self.vectors]
         V = torch.stack(chosen * 2 if len(chosen) == 1 else chosen, dim=1)
-        if self.training: scores["s2"] = self.eq5_3_9_support_scores(F_s, V)
+        if self.training: scores["s2"] = self.eq5_3_9_support_scores(F_s, V)            # [D18]
         return V, scores
 
     def eq5_12_query_scores(self, F_q, V, prior=None):
@@ -466,7 +474,7 @@ class SCL(nn.Module):
             # their gradients, for the second pass as well.
             if fed.any(): history = once(history)[0].detach().softmax(1) * fed
             return once(history)
-        for _ in range(self.refinements): history = once(history)[0].softmax(1)
+        for _ in range(self.refinements): history = once(history)[0].softmax(1)    # [D17]
         return once(history)
 
     def forward(self, image, mask):
@@ -567,16 +575,17 @@ def confidence(net, supports, score):
 
 # ── Episodes (§5.2, §5.4.2) ─────────────────────────────────────────────────────────────────────────────────
 def pictures_of(areas, classes, min_area, least, names):
-    """Which pictures stand for a class.   areas (n,K) pixels -> (n,K) bool, {class left out: its pictures}
+    """Which pictures stand for a class.   areas (n,K) pixels -> (n,K) bool, {class left out: how many it has}
 
     A class needs min_area pixels in at least `least` pictures [D12]; all others' columns are False.
     """
     pool = np.zeros_like(areas, bool)
     columns = [k - 1 for k in classes]
     pool[:, columns] = areas[:, columns] >= min_area
-    short = {names[c]: int(pool[:, c].sum()) for c in columns if pool[:, c].sum() < least}
-    pool[:, [names.index(name) for name in short]] = False
-    return pool, short
+    short = [c for c in columns if pool[:, c].sum() < least]
+    found = {names[c]: int(pool[:, c].sum()) for c in short}
+    pool[:, short] = False
+    return pool, found
 
 
 def read_areas(run, dataset, split):
@@ -728,7 +737,7 @@ def train_encoder(args, run, train_set, pool):
         return normalise(crop(flip(sample) if rng.random() < 0.5 else sample, args.seg_crop, rng))
 
     run.reseed("encoder")
-    backbone = make_encoder(args, "none")
+    backbone = make_encoder(args, args.weights)
     net = DeepLab(backbone, nn.Conv2d(backbone.channels[-1], len(columns) + 1, 1))
     ddp, s = run.place(net).train(), stride_of(args)
     optim = torch.optim.SGD(net.parameters(), lr=args.enc_lr, momentum=args.momentum,
@@ -787,7 +796,7 @@ def network_sized(sample, baseline, size):
     return changed(sample, image=image, mask=window(sample.mask, 0, 0, size, 255)), sample.image.shape[:2]
 
 
-@torch.no_grad()
+@inference()
 def encode_support(args, net, image, mask, device, name="support"):
     """One support picture (H,W,3) and its mask (H,W) {0, 1, 255} -> Supports of K = 1"""
     sample = normalise(network_sized(Sample(image=image, mask=mask), args.baseline, args.seg_crop)[0])
@@ -804,7 +813,7 @@ def encode_support(args, net, image, mask, device, name="support"):
 LONGEST = 640                                                                           # [D16]
 
 
-@torch.no_grad()
+@inference()
 def encode_query(args, net, image, device):
     """A query picture at each test scale -> list of F_q, layer4, size that the network saw, (h, w) within"""
     views, plain = [], Sample(image=image, mask=np.zeros(image.shape[:2], np.uint8))
@@ -821,7 +830,7 @@ def encode_query(args, net, image, device):
     return views
 
 
-@torch.no_grad()
+@inference()
 def query_scores(net, views, supports, size):
     """G(I_q|I_s^k) for all k in one batch, mean over the scales.   -> (K,2,*size)"""
     K, total = len(supports.V), 0
@@ -838,7 +847,7 @@ def settings(args):
     return {**({"1shot": (1, "none")} if 1 in args.shots else {}), **several}
 
 
-@torch.no_grad()
+@inference()
 def segment(args, net, views, supports, size):
     """{setting: (H,W) bool} for one query; a setting of K shots takes the first K supports."""
     scores, found = query_scores(net, views, supports, size), {}
@@ -952,7 +961,7 @@ def evaluate_test(args, run, classes, left_out):
         speed["train_episodes_per_s"] = args.seg_steps * args.seg_batch / max(run.seconds("segmenter"), 1e-9)
     seconds = round(sum(map(run.seconds, ("encoder", "segmenter", "test"))), 1)
     every = joined(tests)
-    for K in args.shots if len(args.fuse) == 2 else ():
+    for K in args.shots if {"average", "cgm"} <= {*args.fuse} else ():
         if K > 1:
             gain = paired_gain(every["class"], every[f"{K}shot_cgm"], every[f"{K}shot_average"])
             run.result(f"test_{K}shot_cgm_gain", shots=K, episodes=len(every["class"]), fold=args.fold,
@@ -1007,6 +1016,7 @@ def support_mask(path, image):
 def predict_folder(args):
     """--predict: masks (0, 1) and overlays of a picture or a folder, guided by the user's support pictures.
 
+    --fuse (the last one named) and --cgm-score count; test scales and refinements are the checkpoint's.
     Writes predict/*.png, predict/*_overlay.png beside the checkpoint (or in --out, where that is given).
     """
     if not Path(args.checkpoint).is_file():
@@ -1022,7 +1032,8 @@ def predict_folder(args):
     if not files:
         raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
     device, made = start_processes(args.device), Args(**state["args"])
-    made.shots, made.fuse, made.cgm_score = (len(args.support_images),), args.fuse[-1:], args.cgm_score
+    made.shots, made.fuse = (len(args.support_images),), args.fuse[-1:] or ("cgm",)
+    made.cgm_score = args.cgm_score
     net = make_scl(made, "none")
     net.load_state_dict(state["model"])
     net = net.to(device, memory_format=torch.channels_last).eval()
@@ -1049,6 +1060,13 @@ def settle(args):
     if not 0 <= args.fold < 4: raise UserError(f"--fold {args.fold}: give 0, 1, 2 or 3")
     if not args.shots or min(args.shots) < 1 or not args.fuse or min(args.episodes, args.test_seeds) < 1:
         raise UserError("--shots, --episodes, --test-seeds: give numbers from 1; --fuse: average, cgm")
+    for name, span in (("seg", args.seg_rescale), ("enc", args.enc_rescale)):
+        if len(span) != 2 or not 0 < span[0] <= span[1]:
+            raise UserError(f"--{name}-rescale: give two numbers above 0, the smaller first")
+    if min(args.test_scales) <= 0 or args.min_area < 1 or args.seg_lr <= 0:
+        raise UserError("--test-scales, --seg-lr: give numbers above 0; --min-area: 1 or more")
+    if args.support_images or args.support_masks:
+        raise UserError("--support-images, --support-masks: only with --predict")
     make_scl(args, args.weights)                                             # wrong weights: now
 
 
