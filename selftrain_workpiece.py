@@ -249,7 +249,7 @@ SOLIDS = dict(
     seg_crop=96, seg_rescale=(0.8, 1.25), ratio=0.98, ratio_step=0.01, ratio_max=1.0)
 # Real surfaces of one part, a few dozen to a few hundred photographs, a small pretrained backbone on a CPU.
 PHOTOS = dict(
-    backbone="mobilenet_v2", cam_stride=16, cam_steps=300, cam_batch=8, cam_lr=1e-3, cam_resize=(257, 321),
+    backbone="mobilenet_v2", cam_stride=16, cam_steps=300, cam_batch=8, cam_resize=(257, 321),
     cam_crop=321, superpixels=400, seg_stride=16, seg_lr=5e-4, seg_steps=300, source_steps=900,
     seg_batch=8, seg_crop=257, seg_rescale=(0.75, 1.25), rounds=3)
 # §4.2.2, GTA5 to Cityscapes: chosen by itself with --data cityscapes. Half size, as memory of a GPU allows.
