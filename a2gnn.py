@@ -22,7 +22,7 @@ Commands     python a2gnn.py                          # embedded shapes, about h
              python a2gnn.py --data voc --supervision full --root data/voc      # upper bound; paper: 76.8
              python a2gnn.py --data voc --root data/voc --segmenter pspnet      # Table 3.1; paper: 75.6
              python a2gnn.py --data voc --root data/voc --task instance          # Table 3.2; paper: AP50 59.1
-             python a2gnn.py --data coco --task instance --inst-steps 90000     # Table 3.3; paper: AP 20.9
+             python a2gnn.py --data coco --task instance --inst-steps 90000  # Table 3.3; paper: AP 20.9
              python a2gnn.py --data voc --cam-backbone resnet38 --weights FILE.params  # paper's classifier
              python a2gnn.py --predict photos/ --checkpoint runs/a2gnn-voc-box-s0/segmenter.pt
              python a2gnn.py --predict photos/ --checkpoint runs/a2gnn-voc-box-instance-s0/detector.pt
@@ -55,7 +55,8 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
              [D16] misprints: Eq. 3.13 squares its norms; Eq. 3.22 means c_i ≠ c_j (else it is constant);
                   Eq. 3.28's d is a cosine, and labels other than the box's class stay (authors' code)
              [D17] SEAM as its code has it: the background is a channel of pixel correlation and L_ECR, and
-                  L_min presses the refined CAM's lowest quarter to 0; its text has neither
+                  L_min presses the refined CAM's lowest quarter to 0; its text has neither. Its losses are
+                  taken on the feature grid here, in its code on pixels
              [D18] points: §3.6.1's "same setting with the scribble task" is read as the merge with M'_I: M_P
                   alone has no background; SLIC's settings are unreleased; the authors' README adds the random
                   walk for points too (--point-walk), the paper for tags alone
@@ -147,7 +148,7 @@ class Args:
     """steps between two checkpoints"""
     # --- 1 SEAM classifier (§3.2; defaults are SEAM's own) ---
     stride: int = 8
-    """output stride of affinity CNN and graph (§3.4: nodes are 1/8 of the pixels)"""
+    """output stride of affinity CNN and graph (§3.4's dilations: a node every 8 pixels)"""
     cam_stride: int = 8
     """output stride of the classifier"""
     cam_steps: int = 10_580
@@ -1089,7 +1090,8 @@ def train_classifier(args, run, train_set):
 def write_seeds(args, run, net, train_set):
     """CAM -> M_I, M'_I -> seeds.   Writes cam/*.npz, seeds_F/*.png (M_F) and seeds/*.png (M_g).
 
-    For scribbles and points also seeds_gnn/*.png, since affinity CNN and GNN learn from different labels.
+    For tags seeds_F is M_I, for scribbles and points those alone, spread over superpixels (M_S, M_P); they
+    have seeds_gnn/*.png too, since affinity CNN and GNN learn from different labels.
     """
     with run.timed("seeds"), ThreadPoolExecutor(max(1, args.workers)) as pool:
         for names in run.todo(train_set.names, "seeds", chunk=16, stage="seeds",
@@ -1647,7 +1649,8 @@ def coco_aps(dataset, read):
 
 def evaluate_labels(args, run, split):
     """Scores what the stages wrote. Only here and in save_panels are masks of weak labels' images seen."""
-    truth = load(args, split, masks=True)
+    truth = load(args, split, masks=True, fields=("mask", "instances", "boxes"))
+    notes = {**load(args, split).notes, **truth.notes}                                  # what was derived
     if "mask" not in truth.fields:                                                    # own data may lack it
         return
 
@@ -1662,7 +1665,7 @@ def evaluate_labels(args, run, split):
 
     def result(stage, confusion, timed, **values):
         values = {"n_images": len(truth), **values}
-        run.result(stage, confusion, split=split, uses_masks=True, notes=truth.notes,
+        run.result(stage, confusion, split=split, uses_masks=True, notes=notes,
                    seconds=round(sum(map(run.seconds, timed)), 1), **values)
 
     if split == "val" and args.task == "instance":
@@ -1713,7 +1716,7 @@ def save_panels(args, run, split):
                {} if instance else {"val": "prediction", "val_crf": "prediction + CRF"})
     objects = ({} if not instance else {"instances": "instances"} if train else
                {"val_instance": "instances", "val_instance_crf": "instances + CRF"})
-    truth, rows = load(args, split, masks=True), []
+    truth, rows = load(args, split, masks=True, fields=("mask", "instances")), []
     for sample in (truth[i] for i in range(min(16, len(truth)))):
         row = [sample.image]
         row += [read_cam(run, sample.name, len(truth.classes)).max(0)] if train else []
@@ -1782,7 +1785,9 @@ def main():
     instance = args.task == "instance"
     if instance and args.supervision not in ("box", "full"):
         raise UserError(f"--task instance needs boxes: --supervision box (or full), not {args.supervision}")
-    train_set, val_set = load(args, "train"), load(args, "val")
+    seen = ("mask", "instances")
+    train_set = load(args, "train", fields=seen if args.supervision == "full" else None)
+    val_set = load(args, "val", fields=seen)
     if instance and "instances" not in val_set.fields:
         raise UserError("--task instance: the val pictures have no instance masks (val/instances in a folder "
                         "of your own, SegmentationObject in VOC) to score with")

@@ -871,12 +871,8 @@ def check_args(args, train_set):
     if args.completion and args.supervision != "full" and args.warmup >= args.seg_steps:
         raise UserError(f"--warmup {args.warmup}: with --seg-steps {args.seg_steps} the completion loss "
                         "would never begin; give fewer, or --no-completion")
-    for name in ("cam_resize", "cam_scales", "superpixels", "connectivity_sigma", "dilation", "init_std",
-                 "seg_rescale", "test_scales"):
-        if not np.size(getattr(args, name)) or np.min(getattr(args, name)) <= 0:
-            raise UserError(f"--{name.replace('_', '-')}: give numbers above 0")
-    if args.cam_resize[0] > args.cam_resize[1]:
-        raise UserError("--cam-resize: give the smaller size first")
+    if min(args.connectivity_sigma, args.dilation, args.init_std) <= 0:
+        raise UserError("--connectivity-sigma, --dilation, --init-std: give numbers above 0")
     for name in ("foreground", "saliency_threshold", "connectivity_threshold"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')}: give a number from 0 to 1")

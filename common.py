@@ -105,14 +105,28 @@ def parse_args(Args, doc, presets=None, argv=None):
 
 
 def check_numbers(args):
-    """UserError for counts and sizes that no run can have; 0 is allowed where it is the field's default."""
+    """UserError for numbers that no run can have, by the fields' names. 0, or nothing, is allowed where the
+    field's default has it; two numbers called …_resize or …_rescale are a range.
+    """
+    sizes = r"(_batch|_crop|_every|_scales?|_rates?|_resize|_rescale|_lr|^batch_images|^superpixels)$"
     for field in dataclasses.fields(args):
-        value, counts = getattr(args, field.name), field.name in ("workers", "seed")
-        sizes = re.search(r"(_batch|_crop|_every|^batch_images)$", field.name)
-        if not isinstance(value, int) or not (counts or sizes or field.name.endswith("_steps")): continue
-        least = min(1, field.default) if sizes else 0
-        if value < least:
-            raise UserError(f"--{field.name.replace('_', '-')} {value}: give {least} or more")
+        name, value, default = field.name, getattr(args, field.name), field.default
+        flag, values = f"--{name.replace('_', '-')}", value if isinstance(value, tuple) else (value,)
+        if isinstance(value, CRF):
+            deviations, usual = (value.gauss_xy, value.bi_xy, value.bi_rgb), 0 in default
+            if min(deviations) < 0 or 0 in deviations and not usual:
+                raise UserError(f"{flag}: give standard deviations above 0")
+        elif isinstance(value, int) and (name in ("workers", "seed") or name.endswith("_steps")):
+            if value < 0: raise UserError(f"{flag} {value}: give 0 or more")
+        elif re.search(sizes, name):
+            usual = default if isinstance(default, tuple) else (default,)
+            if not values and usual: raise UserError(f"{flag}: give one number or more")
+            if values and (min(values) < 0 or min(values) == 0 and 0 not in usual):
+                raise UserError(f"{flag} {' '.join(map(str, values))}: give "
+                                + ("1 or more" if isinstance(values[0], int) else "numbers above 0"))
+            if name.endswith(("_resize", "_rescale")) and values and len(usual) in (0, 2) and (
+                    len(values) != 2 or values[0] > values[1]):
+                raise UserError(f"{flag}: give two numbers, the smaller first")
 
 
 def seed_everything(seed):

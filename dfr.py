@@ -691,12 +691,14 @@ def confusion_of(dataset, label_of):
 def evaluate(args, run):
     """Scores what write_val wrote; miou_fg is the mean over the classes without background [D12]."""
     truth = load(args, "val", masks=True, fields=("mask",))
+    learnt = load(args, "train", fields=() if args.supervision == "full" else ("scribble",))
 
     def result(stage, scales):
         confusion = confusion_of(truth, lambda s: read_label(run.path(stage, s.name), truth.classes))
         fg = [value for name, value in list(confusion.iou().items())[1:] if value is not None]
         run.result(stage, confusion, split="val", n_images=len(truth), uses_masks=True, crf=False,
-                   scales=scales, miou_fg=sum(fg) / len(fg) if fg else None, notes=truth.notes,
+                   scales=scales, miou_fg=sum(fg) / len(fg) if fg else None,
+                   notes={**truth.notes, **learnt.notes},
                    seconds=round(run.seconds("segmenter") + run.seconds("val"), 1))
 
     result("val", (1.0,))

@@ -997,7 +997,7 @@ def instance_pairs(dataset, read):
 
 def evaluate_labels(args, run, split):
     """Scores what the stages wrote. Only here and in the panels are masks of weak labels' images seen."""
-    truth = load(args, split, masks=True)
+    truth = load(args, split, masks=True, fields=("mask", "instances"))
     if "mask" not in truth.fields:                                                    # own data may lack it
         return
 
@@ -1041,7 +1041,7 @@ def draw_panels(args, run, split):
     """panels/<split>.png: contact sheet of the first 16 images, one row each; train: as Fig. 9."""
     if rank() > 0:
         return
-    truth, rows = load(args, split, masks=True), []
+    truth, rows = load(args, split, masks=True, fields=("mask", "instances")), []
     columns = {"train": {"pseudo": "class labels"},
                "val": {"val": "prediction", "val_crf": "prediction + CRF"}}
     for sample in (truth[i] for i in range(min(16, len(truth)))):
@@ -1111,7 +1111,10 @@ def main():
     args = parse_args(Args, __doc__, presets={"shapes": SHAPES, "photos": PHOTOS})
     if args.predict:
         return predict_folder(args)
-    train_set, val_set = load(args, "train"), load(args, "val")
+    train_set = load(args, "train", fields=("mask", "instances"))
+    val_set = load(args, "val", fields=("mask",))
+    if args.irn_radius < 2:
+        raise UserError(f"--irn-radius {args.irn_radius}: give 2 or more; below there are no pairs")
     if args.irn_crop % args.cam_stride:
         raise UserError(f"--irn-crop {args.irn_crop} is no multiple of --cam-stride {args.cam_stride}: "
                         "the levels of IRNet would not lie in line")

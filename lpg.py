@@ -862,11 +862,6 @@ def settle_args(args):
         raise UserError(f"--stages {args.stages}: give 1 to 9")
     if not 0 < args.aux_fraction <= 1:
         raise UserError(f"--aux-fraction {args.aux_fraction}: give a share of the pictures, above 0 up to 1")
-    if not args.seg_rates or min(args.seg_rates) < 1 or args.gen_scale <= 0:
-        raise UserError("--seg-rates: give one dilation or more, from 1; --gen-scale: above 0")
-    if min(args.seg_lr, args.gen_lr) <= 0 or not all(0 < low <= high for low, high in
-                                                     (args.seg_rescale, args.gen_rescale)):
-        raise UserError("--seg-lr, --gen-lr: above 0; --seg-rescale, --gen-rescale: above 0, smaller first")
     learns = args.supervision != "full" and not args.generator
     if learns and args.gen_batch // world() < 2 and args.gen_crop == g.multiple:
         raise UserError(f"--gen-batch {args.gen_batch}: with --gen-crop {args.gen_crop} batch norm sees one "

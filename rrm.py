@@ -871,13 +871,13 @@ def confusion_of(dataset, label_of):
 
 def evaluate_labels(args, run, split):
     """Scores what the stages wrote. Only here and in write_panels are masks of weak labels' images seen."""
-    truth = load(args, split, masks=True)
+    truth = load(args, split, masks=True, fields=("mask",))
     if "mask" not in truth.fields:                                                    # own data may lack it
         return
 
     def cam_label(sample):
         P_fg = torch.from_numpy(read_cam(run, sample.name, len(truth.classes)))
-        return torch.cat([eq2_4_background(P_fg, args.gamma), P_fg]).argmax(0).numpy()
+        return torch.cat([eq2_4_background(P_fg, args.gamma_high or args.gamma), P_fg]).argmax(0).numpy()
 
     def result(stage, confusion, timed, **values):
         run.result(stage, confusion, split=split, n_images=len(truth), uses_masks=True,
@@ -915,7 +915,7 @@ def write_panels(args, run, split):
     else:
         columns = {"val": "one step", "val_crf": "one step + CRF"}
         columns |= {"val_two_step_crf": "two steps + CRF"} if args.two_step else {}
-    truth, rows = load(args, split, masks=True), []
+    truth, rows = load(args, split, masks=True, fields=("mask",)), []
     for sample in (truth[i] for i in range(min(16, len(truth)))):
         cam = [read_cam(run, sample.name, len(truth.classes)).max(0)] if split == "train" else []
         labels = [read_label(run.path(folder, sample.name), truth.classes) for folder in columns]
@@ -973,10 +973,13 @@ def main():
     args.seg_backbone = args.backbone if args.seg_backbone == "same" else args.seg_backbone
     if args.predict:
         return predict_folder(args)
-    if not 0 < args.ratio <= 1:
-        raise UserError(f"--ratio {args.ratio}: give a share above 0 and up to 1")
+    if not 0 < args.ratio <= 1 or args.gamma <= 0 or args.gamma_high < 0:
+        raise UserError("--ratio: give a share above 0 up to 1; --gamma: above 0; --gamma-high: 0 or more")
+    if min(args.local_dilation, args.local_width, args.attention_width, args.energy_xy, args.energy_rgb) <= 0:
+        raise UserError("--local-dilation, --local-width, --attention-width, --energy-xy, --energy-rgb: give "
+                        "numbers above 0")
     weak = args.supervision != "full"
-    train_set, val_set = load(args, "train"), load(args, "val")
+    train_set, val_set = (load(args, split, fields=("mask",)) for split in ("train", "val"))
     make_rrm(args, args.weights, 1)                                                # wrong weights: say so now
     if args.two_step:
         make_segmenter(args.seg_backbone, args.weights, args.seg_stride, args.seg_rates, 1)

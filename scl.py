@@ -1060,11 +1060,8 @@ def settle(args):
     if not 0 <= args.fold < 4: raise UserError(f"--fold {args.fold}: give 0, 1, 2 or 3")
     if not args.shots or min(args.shots) < 1 or not args.fuse or min(args.episodes, args.test_seeds) < 1:
         raise UserError("--shots, --episodes, --test-seeds: give numbers from 1; --fuse: average, cgm")
-    for name, span in (("seg", args.seg_rescale), ("enc", args.enc_rescale)):
-        if len(span) != 2 or not 0 < span[0] <= span[1]:
-            raise UserError(f"--{name}-rescale: give two numbers above 0, the smaller first")
-    if min(args.test_scales) <= 0 or args.min_area < 1 or args.seg_lr <= 0:
-        raise UserError("--test-scales, --seg-lr: give numbers above 0; --min-area: 1 or more")
+    if args.min_area < 1:
+        raise UserError(f"--min-area {args.min_area}: give 1 or more")
     if args.support_images or args.support_masks:
         raise UserError("--support-images, --support-masks: only with --predict")
     make_scl(args, args.weights)                                             # wrong weights: now

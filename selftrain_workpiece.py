@@ -918,11 +918,8 @@ def check_selftrain(args):
     if not 0 < args.ratio <= args.ratio_max <= 1 or args.ratio_step < 0:
         raise UserError("--ratio and --ratio-max: give shares above 0 and up to 1, the latter not below the "
                         "former; --ratio-step: 0 or more")
-    if not args.test_scales or not args.cam_scales or args.superpixels < 1 or args.compactness <= 0:
-        raise UserError("--test-scales and --cam-scales: give one or more; --superpixels and --compactness: "
-                        "above 0")
-    if not 0 < args.cam_resize[0] <= args.cam_resize[1]:
-        raise UserError("--cam-resize: give the smaller size first")
+    if args.compactness <= 0:
+        raise UserError(f"--compactness {args.compactness}: give a number above 0")
     make_pspnet(args, args.weights, 1)                                                 # wrong weights: now
     if args.enc_steps and (pretrained(args.backbone, args.weights) or args.cam_backbone != args.backbone):
         raise UserError("--enc-steps is for --weights none and one backbone for both networks; with trained "

@@ -489,8 +489,8 @@ def test_predicts_with_the_runs_network(finished, folder, tmp_path):
     (["--predict", "x"], "checkpoint"), (["--seg-batch", "3"], "multiple of 2"),
     (["--references", "0"], "no-cross"), (["--seg-steps", "2"], "never begin"),
     (["--references", "2"], "multiple of 3"), (["--strong-ratio", "1.5"], "share"),
-    (["--test-scales"], "test-scales: give numbers above 0"), (["--dilation", "0"], "dilation"),
-    (["--cam-resize", "90", "60"], "smaller size first"), (["--foreground", "15"], "from 0 to 1"),
+    (["--test-scales"], "one number or more"), (["--dilation", "0"], "dilation"),
+    (["--cam-resize", "90", "60"], "smaller first"), (["--foreground", "15"], "from 0 to 1"),
     (["--backbone", "mobilenet_v2", "--weights", "nowhere.pt"], "nowhere")])
 def test_mistakes_end_with_one_sentence(folder, tmp_path, more, words):
     with pytest.raises(UserError, match=words): run_here(*command(folder, tmp_path / "out", *more))

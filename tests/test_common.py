@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 import common
-from common import ConfusionMatrix, Run, UserError, dense_crf, make_backbone, parse_args
+from common import CRF, ConfusionMatrix, Run, UserError, dense_crf, make_backbone, parse_args
 from conftest import sh
 
 
@@ -777,3 +777,18 @@ def test_inference_is_without_gradients_and_cudnn_and_ends():
     assert before == (True, True)
     assert look() == look() == (False, False)                       # a decorator serves more than one call
     assert (torch.is_grad_enabled(), torch.backends.cudnn.enabled) == before
+
+
+@pytest.mark.parametrize("field, default, good, bad", [
+    ("test_scales", (1.0,), (0.5, 1.0), ()), ("test_scales", (1.0,), (0.5, 1.0), (0.0, 1.0)),
+    ("seg_rates", (6, 12), (3,), (0, 6)), ("seg_lr", 0.1, 0.2, -0.1), ("seg_lr", 0.0, 0.0, -1.0),
+    ("seg_rescale", (0.5, 1.5), (0.7, 0.7), (1.5, 0.5)), ("seg_rescale", (0.5, 1.5), (0.7, 0.8), (0.7,)),
+    ("seg_rescale", (), (), (1.5, 0.5)), ("seg_rescale", (1.0, 0.5, 2.0), (2.0, 1.0), (-1.0, 1.0)),
+    ("superpixels", 200, 1, 0), ("seg_crop", 321, 1, 0), ("seg_batch", 0, 0, -1), ("seg_steps", 5, 0, -1),
+    ("seg_crf", CRF(1, 3, 67, 3, 4, 10), CRF(1, 0, 67, 3, 0, 0), CRF(0, 3, 67, 3, 4, 10)),
+    ("seg_crf", CRF(0, 0, 0, 0, 0, 0), CRF(0, 0, 5, 0, 0, 0), CRF(-1, 0, 0, 0, 0, 0))])
+def test_numbers_that_no_run_can_have(field, default, good, bad):
+    Made = dataclasses.make_dataclass("Made", [(field, type(default), dataclasses.field(default=default))])
+    common.check_numbers(Made())
+    common.check_numbers(Made(good))
+    with pytest.raises(UserError, match="--" + field.replace("_", "-")): common.check_numbers(Made(bad))

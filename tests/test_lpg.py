@@ -568,8 +568,8 @@ def test_predicts_with_the_runs_network(finished, folder, tmp_path):
 
 @pytest.mark.parametrize("more, words", [
     (["--predict", "x"], "checkpoint"), (["--generator", "nowhere.pt"], "nowhere"),
-    (["--aux", "workpiece,voc"], "as many"), (["--seg-rates", "0", "6"], "dilation"),
-    (["--seg-rescale", "1.5", "0.5"], "smaller first"), (["--gen-lr", "-1"], "above 0"),
+    (["--aux", "workpiece,voc"], "as many"), (["--seg-rates", "0", "6"], "seg-rates 0 6: give 1"),
+    (["--seg-rescale", "1.5", "0.5"], "smaller first"), (["--gen-lr", "-1"], "gen-lr -1"),
     (["--gen-crop", "30"], "multiple of 16"), (["--stages", "12"], "1 to 9")])
 def test_mistakes_end_with_one_sentence(folder, tmp_path, more, words):
     with pytest.raises(UserError, match=words): run_here(*command(folder, tmp_path / "out", *more))

@@ -642,7 +642,7 @@ def test_an_object_too_small_for_the_network_is_named(finished, photographs):
 
 @pytest.mark.parametrize("more, words", [
     (["--predict", "x"], "checkpoint"), (["--fold", "4"], "--fold 4"), (["--shots", "0"], "from 1"),
-    (["--seg-rescale", "1.5", "1.0"], "smaller first"), (["--test-scales", "0"], "above 0"),
+    (["--seg-rescale", "1.5", "1.0"], "smaller first"), (["--min-area", "0"], "1 or more"),
     (["--support-images", "a.jpg"], "only with --predict"),
     (["--compare", "x"], "two run folders"), (["--backbone", "mobilenet_v2", "--weights", "no.pt"], "no.pt")])
 def test_mistakes_end_with_one_sentence(folder, tmp_path, more, words):

@@ -568,9 +568,9 @@ def test_predicts_with_the_runs_network(finished, folder, tmp_path):
     (["--predict", "x"], "checkpoint"), (["--source-only", "--no-rendered"], "nothing to learn"),
     (["--seg-batch", "5"], "multiple of 2"), (["--rounds", "0"], "1 or more"), (["--ratio", "0"], "ratio"),
     (["--cam-decay", "1"], "cam-decay"), (["--ratio", "0.99", "--ratio-max", "0.98"], "not below"),
-    (["--test-scales"], "one or more"), (["--cam-scales"], "one or more"),
-    (["--superpixels", "0"], "above 0"), (["--compactness", "0"], "above 0"),
-    (["--cam-resize", "200", "100"], "smaller size first"),
+    (["--test-scales"], "one number or more"), (["--cam-scales"], "one number or more"),
+    (["--superpixels", "0"], "1 or more"), (["--compactness", "0"], "above 0"),
+    (["--cam-resize", "200", "100"], "smaller first"),
     (["--backbone", "mobilenet_v2", "--weights", "nowhere.pt"], "nowhere"),
     (["--cam-backbone", "resnet18"], "add --enc-steps 0")])
 def test_mistakes_end_with_one_sentence(folder, tmp_path, more, words):
