@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 import sys
 import types
 
@@ -665,6 +666,14 @@ def finished(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished")
     sh(*command(folder, out))
     return out
+
+
+def test_says_that_scribbles_were_derived(folder, finished, tmp_path):
+    assert not any("scribble" in entry["notes"] for entry in scores(finished)), "these stand in files"
+    shutil.copytree(folder, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "train" / "scribbles")
+    sh(*command(tmp_path / "data", tmp_path / "out"))
+    assert all("derived" in entry["notes"]["scribble"] for entry in scores(tmp_path / "out"))
 
 
 def scores(out):
