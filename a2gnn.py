@@ -55,8 +55,10 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
              [D16] misprints: Eq. 3.13 squares its norms; Eq. 3.22 means c_i ≠ c_j (else it is constant);
                   Eq. 3.28's d is a cosine, and labels other than the box's class stay (authors' code)
              [D17] SEAM as its code has it: the background is a channel of pixel correlation and L_ECR, and
-                  L_min presses the refined CAM's lowest quarter to 0; its text has neither. Its losses are
-                  taken on the feature grid here, in its code on pixels
+                  L_min presses the refined CAM's lowest quarter to 0; its text has neither. Here the
+                  losses are taken on the feature grid (its code: on pixels), and the correlation scales each
+                  map by minimum and maximum (its code, from memory: by its maximum; they differ only where a
+                  map is positive everywhere)
              [D18] points: §3.6.1's "same setting with the scribble task" is read as the merge with M'_I: M_P
                   alone has no background; SLIC's settings are unreleased; the authors' README adds the random
                   walk for points too (--point-walk), the paper for tags alone

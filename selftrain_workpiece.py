@@ -215,7 +215,7 @@ class Args:
     """no further round when less than this share of the labels changes; pixels that are background before and
     after do not count"""
     refine: bool = True
-    """Algorithm 2 and the refinement (Table 4); without: raw predictions [D12]"""
+    """Algorithm 2 and the refinement (Table 4); without: plain predictions [D12]"""
     ratio: float = 0.9
     """p of Algorithm 2, where it is used first: share of the pixels that keep their label [D8]"""
     ratio_step: float = 0.03
