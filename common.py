@@ -108,7 +108,7 @@ def check_numbers(args):
     """UserError for numbers that no run can have, by the fields' names. 0, or nothing, is allowed where the
     field's default has it; two numbers called …_resize or …_rescale are a range.
     """
-    sizes = r"(_batch|_crop|_every|_scales?|_rates?|_resize|_rescale|_lr|^batch_images|^superpixels)$"
+    sizes = r"(_batch|_crop|_every|_scales?|_rates?|_resize|_rescale|_lr|_power|^batch_images|^superpixels)$"
     for field in dataclasses.fields(args):
         name, value, default = field.name, getattr(args, field.name), field.default
         flag, values = f"--{name.replace('_', '-')}", value if isinstance(value, tuple) else (value,)

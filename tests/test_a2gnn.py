@@ -838,10 +838,11 @@ def test_minmax():
     assert close(a2gnn.minmax(cam), expected, atol=1e-4)
 
 
-def test_pixel_correlation():
+@pytest.mark.parametrize("power", [1.0, 4.0])
+def test_pixel_correlation(power):
     torch.manual_seed(1)                                                        # no two peaks on one pixel
     cam, feature = torch.randn(2, 3, 4, 5), torch.randn(2, 7, 4, 5)
-    out = a2gnn.pixel_correlation(cam, feature)
+    out = a2gnn.pixel_correlation(cam, feature, power)
     for b in range(2):
         score = torch.relu(cam[b])
         low, high = score.amin((1, 2), keepdim=True), score.amax((1, 2), keepdim=True)
@@ -851,7 +852,7 @@ def test_pixel_correlation():
             for j in np.ndindex(4, 5):
                 s = score[(slice(None), *j)]
                 f = (feature[b][(slice(None), *n)] for n in (i, j))
-                similar = max(0.0, F.cosine_similarity(*f, dim=0).item())
+                similar = max(0.0, F.cosine_similarity(*f, dim=0).item()) ** power
                 voices = torch.cat([1 - s.max()[None], torch.where(s == s.max(), s, 0)])
                 total, weights = total + similar * voices, weights + similar
             assert close(out[b][(slice(None), *i)], total / weights, atol=1e-4)
