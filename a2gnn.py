@@ -73,7 +73,7 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
              [D23] CRF of the pseudo labels: the authors' code; §3.4's "same as [18, 97]" names two that
                   differ, 3 3 80 13 10 10 and 3 3 83 5 4 10
              [D24] the preset of photographs takes the fourth power of the pixel correlation's cosines: a few
-                  hundred pictures leave them near 1, and the CAM is averaged flat. Chosen with a look at masks
+                  hundred pictures leave them near 1, and the CAM is averaged flat (chosen by masks)
 """
 
 import contextlib
