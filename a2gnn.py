@@ -72,8 +72,9 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
                   tree filter), saliency maps and Res2Net are left out
              [D23] CRF of the pseudo labels: the authors' code; §3.4's "same as [18, 97]" names two that
                   differ, 3 3 80 13 10 10 and 3 3 83 5 4 10
-             [D24] the preset of photographs takes the fourth power of the pixel correlation's cosines: a few
-                  hundred pictures leave them near 1, and the CAM is averaged flat (chosen by masks)
+             [D24] the preset of photographs, both with a look at masks of training pictures: the fourth power
+                  of the pixel correlation's cosines, which a few hundred pictures leave near 1, so that the
+                  CAM is averaged flat; and confident background where the CAM is below 6 %, not 1 %
 """
 
 import contextlib
@@ -347,7 +348,7 @@ SHAPES = dict(
 PHOTOS = dict(
     cam_backbone="same", train_list="train", stride=16, cam_stride=16, seg_stride=16,
     cam_steps=330, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513), er_scale=0.6,
-    pcm_power=4.0,                                                          # [D24]
+    pcm_power=4.0, confident_bg=0.2,                                        # [D24]
     aff_steps=790, walk_steps=16, hidden=64,                                # 12 epochs, as in the paper
     seg_steps=1000, seg_batch=8, seg_lr=5e-4, seg_crop=257, seg_rates=(3, 6, 9, 12),
     test_scales=(0.75, 1.0, 1.25),
