@@ -213,7 +213,8 @@ def start_processes(device):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         day = datetime.timedelta(days=1)                        # the slowest share of images may take long
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=day)
-        atexit.register(dist.destroy_process_group)             # else its threads may abort the exit
+        # Else its threads may abort the exit. A net in DDP that still lives keeps them: none is global.
+        atexit.register(dist.destroy_process_group)
     return torch.device(device)
 
 

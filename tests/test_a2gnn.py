@@ -1451,21 +1451,23 @@ class Both(torch.nn.Module):
     def forward(self, image):
         feature = self.net(image)
         return feature, self.head(feature)
-both = Both().train()
-image, seed = torch.randn(4, 3, 32, 32), torch.randint(0, 3, (4, 8, 8))
-seed[0], seed[1, :, 1:], seed[2, ::2] = 255, 255, 255              # very different numbers of labels
-mine, offsets = slice(rank() * 4 // world(), (rank() + 1) * 4 // world()), a2gnn.window_offsets(2)
-ddp = common.distribute(both)
-feature, logits = ddp(image[mine])
-distance = a2gnn.PairDistance.apply(feature.permute(0, 2, 3, 1).contiguous(), offsets)
-label, first = a2gnn.eq3_6_7_pair_labels(seed[mine], offsets)
-loss = sum(a2gnn.eq3_10_affinity_loss(distance, label, first, split) for split in (False, True))
-colour = image[mine, :, ::4, ::4].permute(0, 2, 3, 1)
-real = colour[..., 0] > -0.5
-loss = loss + 3 * a2gnn.eq3_12_affinity_regularised(distance, colour, real, offsets, 6.0, 0.1)
-entropy = torch.nn.functional.cross_entropy(logits, seed[mine], ignore_index=255, reduction="none")
-(loss + a2gnn.masked_mean(entropy, seed[mine] != 255)).backward()
-grads = [p.grad for p in both.parameters() if p.requires_grad]
+def gradients():                        # a function, as a net in DDP that outlives it keeps gloo's threads
+    both = Both().train()
+    image, seed = torch.randn(4, 3, 32, 32), torch.randint(0, 3, (4, 8, 8))
+    seed[0], seed[1, :, 1:], seed[2, ::2] = 255, 255, 255              # very different numbers of labels
+    mine, offsets = slice(rank() * 4 // world(), (rank() + 1) * 4 // world()), a2gnn.window_offsets(2)
+    ddp = common.distribute(both)
+    feature, logits = ddp(image[mine])
+    distance = a2gnn.PairDistance.apply(feature.permute(0, 2, 3, 1).contiguous(), offsets)
+    label, first = a2gnn.eq3_6_7_pair_labels(seed[mine], offsets)
+    loss = sum(a2gnn.eq3_10_affinity_loss(distance, label, first, split) for split in (False, True))
+    colour = image[mine, :, ::4, ::4].permute(0, 2, 3, 1)
+    real = colour[..., 0] > -0.5
+    loss = loss + 3 * a2gnn.eq3_12_affinity_regularised(distance, colour, real, offsets, 6.0, 0.1)
+    entropy = torch.nn.functional.cross_entropy(logits, seed[mine], ignore_index=255, reduction="none")
+    (loss + a2gnn.masked_mean(entropy, seed[mine] != 255)).backward()
+    return [p.grad for p in both.parameters() if p.requires_grad]
+grads = gradients()
 if world() > 1:
     if rank() == 0: torch.save(grads, sys.argv[1])
     sys.argv = sys.argv[2:]
