@@ -464,7 +464,13 @@ def test_two_processes_share_the_work_and_sum(tmp_path):
                 seen += batch.name
                 optim.zero_grad(); ddp(batch.image).square().mean().backward(); optim.step()
             return run, net, [seen, torch.rand(1).item()]
-        import data, sys
+        def threads_left():                     # registered first, so called last, after the group's end
+            tasks = (p.read_text() for p in Path("/proc/self/task").glob("*/comm"))
+            name = f"{sys.argv[1]}.threads.{os.environ.get('RANK', 0)}"
+            Path(name).write_text(" ".join(task.strip() for task in tasks))
+        import atexit, data, os, sys
+        from pathlib import Path
+        atexit.register(threads_left)
         data.collate = t.collate
         run, net, seen = train(sys.argv[1])
         matrix = common.ConfusionMatrix(["background", "cat"])
@@ -484,6 +490,9 @@ def test_two_processes_share_the_work_and_sum(tmp_path):
     assert first[3] == [["a", "b"], ["e"]] and second[3] == [["c", "d"]]
     assert first[4] == second[4] == [[0, 0, 0], [2, 2, 0]]
     assert first[5:] == second[5:] == pytest.approx(alone[5:], abs=1e-6)
+    for number in "01":
+        threads = (tmp_path / f"two.threads.{number}").read_text()
+        assert "python" in threads and "gloo" not in threads, "they may abort the exit"
 
 
 def test_a_batch_that_does_not_split_is_refused(tmp_path, monkeypatch):
