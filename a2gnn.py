@@ -82,7 +82,6 @@ import io
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -90,16 +89,15 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from common import (
-    ASPP, CRF, ConfusionMatrix, DeepLab, PSPNet, Run, UserError, contact_sheet, dense_crf,
-    detector_schedule, inference, instance_aps, instance_overlay, label_probs, make_backbone, mask_rcnn,
-    numbered, overlay, parse_args, poly, rank, read_checkpoint, read_instances, reduce, save_image,
-    save_instances, save_label, save_npz, shard, start_processes, world)
+    ASPP, CRF, DeepLab, PSPNet, Run, UserError, confusion_of, contact_sheet, dense_crf, detector_schedule,
+    inference, instance_aps, instance_overlay, label_probs, make_backbone, mask_rcnn, numbered, overlay,
+    parse_args, pictures_to_predict, poly, pretrained, rank, read_instances, read_predictor, reduce,
+    save_instances, save_label, save_npz, save_prediction, start_processes, weights_of, with_weights, world)
 from data import (
-    PICTURES, Draws, Sample, changed, coco_annotations, color_jitter, crop, derive_boxes, flip, load,
-    normalise, objects_of, read_image, read_label, rescale, resize_long, with_labels)
+    Draws, Sample, changed, coco_annotations, color_jitter, crop, derive_boxes, flip, load, normalise,
+    objects_of, read_label, rescale, resize_long, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1052,16 +1050,6 @@ def group_rates(net, new_layers, lr, weight_decay):
             for factor, params in groups.items()]
 
 
-def weights_of(backbone, weights):
-    """An MXNet file fits ResNet-38 alone: the run's other network then starts from torchvision's weights."""
-    return "imagenet" if weights.endswith(".params") and backbone != "resnet38" else weights
-
-
-def pretrained(backbone, weights):
-    """Whether this backbone starts from trained weights, so that its batch norm is kept as it is."""
-    return backbone != "tiny" and weights != "none"
-
-
 def seam_augment(args):
     """SEAM's augmentation, of classifier and affinity CNN.   -> function of a Sample and a numpy generator"""
     def augment(sample, rng):
@@ -1601,15 +1589,6 @@ def write_predictions(args, run, net, val_set):
                 save_label(run.path("val_crf", name), crf.argmax(0))
 
 
-def confusion_of(dataset, label_of):
-    """ConfusionMatrix over a data set with masks; label_of(sample) -> (H,W), 255 = unlabelled."""
-    confusion = ConfusionMatrix(["background", *dataset.classes])
-    for i in shard(range(len(dataset))):
-        sample = dataset[i]
-        confusion.add(label_of(sample), sample.mask)
-    return confusion.reduce()
-
-
 def instance_pairs(dataset, read):
     """True and found instances, picture by picture; pictures without instance masks (SBD's) are left out.
 
@@ -1747,43 +1726,26 @@ def predict_folder(args):
     Writes predict/*.png, predict/*_overlay.png beside the checkpoint (or in --out, where that is given); of
     instances also predict/*.npz with masks, classes and scores.
     """
-    if not Path(args.checkpoint).is_file():
-        raise UserError(f"--predict needs --checkpoint runs/…/segmenter.pt or detector.pt; "
-                        f"{args.checkpoint!r} is no file")
-    state, source = read_checkpoint(args.checkpoint, Args), Path(args.predict)
-    last = {"deeplab": "head.branches.0.weight", "pspnet": "head.4.weight",
-            "instance": "roi_heads.box_predictor.cls_score.weight"}
-    kind = next((kind for kind, key in last.items() if key in state["model"]), None)
-    if kind is None:
-        raise UserError(f"--checkpoint {args.checkpoint} is neither segmenter.pt nor detector.pt of a run")
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    files = [file for file in files if file.suffix.lower() in PICTURES]
-    if not files:
-        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
-    device, made = start_processes(args.device), state["args"]
-    classes = len(state["model"][last[kind]]) - 1
+    kinds = {"head.branches.0.weight": "deeplab", "head.4.weight": "pspnet",
+             "roi_heads.box_predictor.cls_score.weight": "instance"}
+    state, last = read_predictor(args, Args, "segmenter.pt or detector.pt", *kinds)
+    device, made = start_processes(args.device), Args(**state["args"])
+    kind, classes = kinds[last], len(state["model"][last]) - 1
     if kind == "instance":
-        net = make_detector(made["backbone"], "none", made["inst_size"], made["inst_width"],
-                            made["inst_rois"], classes)
+        net = make_detector(made.backbone, "none", made.inst_size, made.inst_width, made.inst_rois, classes)
     else:
-        net = make_network(kind, made["backbone"], "none", made["seg_stride"], made["seg_rates"], classes)
-    net.load_state_dict(state["model"])
-    net = net.to(device, memory_format=torch.channels_last).eval()
-    folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
-    if rank() == 0:
-        print(f"{len(files)} picture(s) -> {folder}")
-    for file in tqdm(shard(files), "predict"):
-        image = read_image(file)
+        net = make_network(kind, made.backbone, "none", made.seg_stride, made.seg_rates, classes)
+    net = with_weights(net, state, device)
+    for image, path in pictures_to_predict(args):
         if kind == "instance":
             soft, found, scores = predict_instances(net, image, device)
-            masks = refine_instances(image, soft, CRF(*made["inst_crf"]), args.crf, device)
-            save_instances(folder / f"{file.stem}.npz", masks, found, scores)
+            masks = refine_instances(image, soft, CRF(*made.inst_crf), args.crf, device)
+            save_instances(f"{path}.npz", masks, found, scores)
             label = numbered(masks[scores >= 0.5], scores[scores >= 0.5])
         else:
-            prob = predict(net, image, made["test_scales"], device)
-            label = dense_crf([image], [prob], CRF(*made["seg_crf"]), args.crf, device=device)[0].argmax(0)
-        save_label(folder / f"{file.stem}.png", label)
-        save_image(folder / f"{file.stem}_overlay.png", overlay(image, label))
+            prob = predict(net, image, made.test_scales, device)
+            label = dense_crf([image], [prob], CRF(*made.seg_crf), args.crf, device=device)[0].argmax(0)
+        save_prediction(path, image, label)
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────

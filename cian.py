@@ -58,11 +58,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (
-    CRF, ConfusionMatrix, LargeFOV, Run, UserError, contact_sheet, dense_crf, inference, make_backbone,
-    overlay, parse_args, poly, rank, read_checkpoint, reduce, save_image, save_label, save_npz, shard,
-    start_processes, world)
+    CRF, LargeFOV, Run, UserError, confusion_of, contact_sheet, dense_crf, inference, make_backbone,
+    overlay, parse_args, pictures_to_predict, poly, pretrained, rank, read_predictor, reduce, save_image,
+    save_label, save_npz, save_prediction, shard, start_processes, weights_of, with_weights, world)
 from data import (
-    PICTURES, DataError, Draws, Sample, changed, crop, flip, load, normalise, read_image, read_label, reading,
+    DataError, Draws, Sample, changed, crop, flip, load, normalise, read_image, read_label, reading,
     require, rescale, resize_long, stems, tags_in, with_labels)
 
 
@@ -498,16 +498,6 @@ def others_of_group(batch, references):
 
 
 # ── Training ────────────────────────────────────────────────────────────────────────────────────────────────
-def weights_of(backbone, weights):
-    """An MXNet file fits ResNet-38 alone: the run's other network then starts from torchvision's weights."""
-    return "imagenet" if weights.endswith(".params") and backbone != "resnet38" else weights
-
-
-def pretrained(backbone, weights):
-    """Whether this backbone starts from trained weights, so that its batch norm is kept as it is."""
-    return backbone != "tiny" and weights != "none"
-
-
 def two_rates(net, lr, new):
     """Optimiser groups: the backbone, and the new layers at `new` times its rate.   [D2]"""
     parts = {True: [], False: []}
@@ -685,15 +675,6 @@ def predict_set(args, run, net, dataset, plain, refined, crf, stage=None, by_tag
                 save_label(run.path(refined, name), Q.argmax(0))
 
 
-def confusion_of(dataset, label_of):
-    """ConfusionMatrix over a data set with masks; label_of(sample) -> (H,W), 255 = unlabelled."""
-    confusion = ConfusionMatrix(["background", *dataset.classes])
-    for i in shard(range(len(dataset))):
-        sample = dataset[i]
-        confusion.add(label_of(sample), sample.mask)
-    return confusion.reduce()
-
-
 def evaluate_stage(args, run, stage, split, folder, timed, **values):
     """One entry of results.json. Only from here on are val masks, and those of weak labels' images, seen.
 
@@ -835,28 +816,13 @@ def predict_folder(args):
 
     Writes predict/*.png, predict/*_overlay.png beside the checkpoint (or in --out, where that is given).
     """
-    if not Path(args.checkpoint).is_file():
-        raise UserError(f"--predict needs --checkpoint runs/…/segmenter_2.pt; {args.checkpoint!r} is no file")
-    state, source = read_checkpoint(args.checkpoint, Args), Path(args.predict)
-    if "affinity.phi_q.weight" not in state["model"]:
-        raise UserError(f"--checkpoint {args.checkpoint} is not a segmenter_….pt of a run")
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    files = [file for file in files if file.suffix.lower() in PICTURES]
-    if not files:
-        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
+    state, last = read_predictor(args, Args, "segmenter_1.pt or segmenter_2.pt", "head.branches.0.weight")
     device, made = start_processes(args.device), Args(**state["args"])
-    net = make_cian(made, "none", len(state["model"]["head.branches.0.weight"]) - 1)
-    net.load_state_dict(state["model"])
-    net = net.to(device, memory_format=torch.channels_last).eval()
-    folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
-    if rank() == 0:
-        print(f"{len(files)} picture(s) -> {folder}")
-    for file in tqdm(shard(files), "predict"):
-        image = read_image(file)
+    net = with_weights(make_cian(made, "none", len(state["model"][last]) - 1), state, device)
+    for image, path in pictures_to_predict(args):
         prob = predict(net, image, made.test_scales, device)
         label = dense_crf([image], [prob], CRF(*made.seg_crf), args.crf, device=device)[0].argmax(0)
-        save_label(folder / f"{file.stem}.png", label)
-        save_image(folder / f"{file.stem}_overlay.png", overlay(image, label))
+        save_prediction(path, image, label)
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -743,6 +743,16 @@ CHANNELS = {"tiny": (32, 48, 64, 96), "resnet18": (64, 128, 256, 512), "resnet50
             "mobilenet_v2": (24, 32, 96, 1280), "resnet38": (256, 512, 1024, 4096)}     # of the feature taps
 
 
+def weights_of(backbone, weights):
+    """An MXNet file fits ResNet-38 alone: the run's other network then starts from torchvision's weights."""
+    return "imagenet" if weights.endswith(".params") and backbone != "resnet38" else weights
+
+
+def pretrained(backbone, weights):
+    """Whether this backbone starts from trained weights, so that its batch norm is kept as it is."""
+    return backbone != "tiny" and weights != "none"
+
+
 def tiny_net():
     """A ResNet of four basic blocks to train from nothing on scenes of about 100 pixels; 0.27 M weights."""
     blocks, inputs = [], 32
@@ -1524,6 +1534,15 @@ class ConfusionMatrix:
         return 100 * self.counts[:, :-1].sum().item() / pixels if pixels else None
 
 
+def confusion_of(dataset, label_of):
+    """ConfusionMatrix over a data set with masks; label_of(sample) -> (H,W), 255 = unlabelled."""
+    confusion = ConfusionMatrix(["background", *dataset.classes])
+    for i in shard(range(len(dataset))):
+        sample = dataset[i]
+        confusion.add(label_of(sample), sample.mask)
+    return confusion.reduce()
+
+
 def mask_ious(masks, truths):
     """(P,H,W), (G,H,W) bool -> (P,G)"""
     a, b = (m.reshape(len(m), m.shape[1] * m.shape[2]).astype(np.float32) for m in (masks, truths))
@@ -1631,3 +1650,47 @@ def numbered(masks, scores):
 def instance_overlay(image, masks, scores, least):
     """Instances of at least this score over the picture."""
     return overlay(image, numbered(masks[scores >= least], scores[scores >= least]))
+
+
+# ── Pictures of your own (--predict) ────────────────────────────────────────────────────────────────────────
+def read_predictor(args, Args, names, *weights):
+    """--checkpoint of --predict -> its state, and which of `weights` it has, each of one kind of network.
+
+    names: the checkpoints that fit, for the message, as "segmenter.pt or detector.pt"
+    """
+    if not Path(args.checkpoint).is_file():
+        raise UserError(f"--predict needs --checkpoint runs/…/{names}; {args.checkpoint!r} is no file")
+    state = read_checkpoint(args.checkpoint, Args)
+    kind = next((weight for weight in weights if weight in state["model"]), None)
+    if kind is None:
+        raise UserError(f"--checkpoint {args.checkpoint} is not the {names} of a run")
+    return state, kind
+
+
+def with_weights(net, state, device):
+    """A network for inference, with the weights of a checkpoint's state."""
+    net.load_state_dict(state["model"])
+    return net.to(device, memory_format=torch.channels_last).eval()
+
+
+def pictures_to_predict(args):
+    """--predict, a picture or a folder: yields each picture (H,W,3) uint8 with the path of its prediction,
+    without suffix, in the folder `predict` beside the checkpoint (or in --out, where that is given).
+    """
+    from data import PICTURES, read_image
+    source = Path(args.predict)
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    files = [file for file in files if file.suffix.lower() in PICTURES]
+    if not files:
+        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
+    folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
+    if rank() == 0:
+        print(f"{len(files)} picture(s) -> {folder}")
+    for file in tqdm(shard(files), "predict"):
+        yield read_image(file), folder / file.stem
+
+
+def save_prediction(path, image, label):
+    """<path>.png, labels (H,W), and <path>_overlay.png."""
+    save_label(f"{path}.png", label)
+    save_image(f"{path}_overlay.png", overlay(image, label))

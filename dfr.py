@@ -51,7 +51,6 @@ The paper's claim is a result without dense CRF: --crf is not used here.
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -60,13 +59,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from scipy import ndimage
-from tqdm import tqdm
 
 from common import (
-    Backbone, ConfusionMatrix, Run, UserError, contact_sheet, imagenet_weights, inference, load_exactly,
-    make_backbone, overlay, parse_args, poly, rank, read_checkpoint, read_state, reduce, save_image,
-    save_label, shard, start_processes, world)
-from data import PICTURES, Draws, Sample, changed, crop, flip, load, normalise, read_image, read_label, resize
+    Backbone, Run, UserError, confusion_of, contact_sheet, imagenet_weights, inference, load_exactly,
+    make_backbone, overlay, parse_args, pictures_to_predict, poly, pretrained, rank, read_predictor,
+    read_state, reduce, save_label, save_prediction, start_processes, with_weights, world)
+from data import Draws, Sample, changed, crop, flip, load, normalise, read_label, resize
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -580,11 +578,6 @@ def augment_with(args):
 
 
 # ── Training ────────────────────────────────────────────────────────────────────────────────────────────────
-def pretrained(backbone, weights):
-    """Whether this backbone starts from trained weights, so that its batch norm is kept as it is."""
-    return backbone != "tiny" and weights != "none"
-
-
 def make_dfr(args, weights, classes):
     """UPerNet of Args; weights "none" where they are loaded afterwards. What no loss reaches is fixed."""
     blocks = [int(b) for b in listed(args.blocks, "1234", "--blocks")]
@@ -679,15 +672,6 @@ def write_val(args, run, net, val_set):
                 save_label(run.path("val_ms", name), many.argmax(0))
 
 
-def confusion_of(dataset, label_of):
-    """ConfusionMatrix over a data set with masks; label_of(sample) -> (H,W), 255 = unlabelled."""
-    confusion = ConfusionMatrix(["background", *dataset.classes])
-    for i in shard(range(len(dataset))):
-        sample = dataset[i]
-        confusion.add(label_of(sample), sample.mask)
-    return confusion.reduce()
-
-
 def evaluate(args, run):
     """Scores what write_val wrote; miou_fg is the mean over the classes without background [D12]."""
     truth = load(args, "val", masks=True, fields=("mask",))
@@ -721,27 +705,12 @@ def predict_folder(args):
 
     Writes predict/*.png, predict/*_overlay.png beside the checkpoint (or in --out, where that is given).
     """
-    if not Path(args.checkpoint).is_file():
-        raise UserError(f"--predict needs --checkpoint runs/…/segmenter.pt; {args.checkpoint!r} is no file")
-    state, source = read_checkpoint(args.checkpoint, Args), Path(args.predict)
-    if "classify.weight" not in state["model"]:
-        raise UserError(f"--checkpoint {args.checkpoint} is not the segmenter.pt of a run")
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    files = [file for file in files if file.suffix.lower() in PICTURES]
-    if not files:
-        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
+    state, last = read_predictor(args, Args, "segmenter.pt", "classify.weight")
     device, made = start_processes(args.device), Args(**state["args"])
-    net = make_dfr(made, "none", len(state["model"]["classify.weight"]) - 1)
-    net.load_state_dict(state["model"])
-    net = net.to(device, memory_format=torch.channels_last).eval()
-    folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
-    if rank() == 0:
-        print(f"{len(files)} picture(s) -> {folder}")
-    for file in tqdm(shard(files), "predict"):
-        image = read_image(file)
-        label = predict(net, image, made.fit, made.test_scales, True, device).argmax(0)
-        save_label(folder / f"{file.stem}.png", label)
-        save_image(folder / f"{file.stem}_overlay.png", overlay(image, label))
+    net = with_weights(make_dfr(made, "none", len(state["model"][last]) - 1), state, device)
+    for image, path in pictures_to_predict(args):
+        prob = predict(net, image, made.fit, made.test_scales, True, device)
+        save_prediction(path, image, prob.argmax(0))
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -57,7 +57,6 @@ Departures   [D1] second level of the displacement branch: 128 channels (authors
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -66,16 +65,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
-from tqdm import tqdm
 
 from common import (
-    ASPP, CRF, ConfusionMatrix, DeepLab, Run, UserError, contact_sheet, dense_crf, detector_schedule,
+    ASPP, CRF, DeepLab, Run, UserError, confusion_of, contact_sheet, dense_crf, detector_schedule,
     inference, instance_aps, instance_overlay, label_probs, make_backbone, mask_rcnn, numbered, overlay,
-    parse_args, poly, rank, read_checkpoint, read_instances, reduce, save_image, save_instances,
-    save_label, save_npz, shard, start_processes, world)
+    parse_args, pictures_to_predict, poly, pretrained, rank, read_instances, read_predictor, reduce,
+    save_instances, save_label, save_npz, save_prediction, start_processes, weights_of, with_weights, world)
 from data import (
-    PICTURES, Draws, Sample, crop, flip, load, normalise, objects_of, read_image, read_label, rescale,
-    resize_long, with_labels)
+    Draws, Sample, crop, flip, load, normalise, objects_of, read_label, rescale, resize_long, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -613,16 +610,6 @@ def group_rates(net, new_layers, lr, weight_decay):
             for factor, params in groups.items()]
 
 
-def weights_of(backbone, weights):
-    """An MXNet file fits ResNet-38 alone: the run's other network then starts from torchvision's weights."""
-    return "imagenet" if weights.endswith(".params") and backbone != "resnet38" else weights
-
-
-def pretrained(backbone, weights):
-    """Whether this backbone starts from trained weights, so that its batch norm is kept as it is."""
-    return backbone != "tiny" and weights != "none"
-
-
 def classifier_backbone(args):
     net = make_backbone(args.backbone, args.weights, args.cam_stride, pretrained(args.backbone, args.weights))
     return without_dilation(net)
@@ -976,15 +963,6 @@ def write_instances(args, run, net, val_set):
             save_instances(run.path("instances_val", name, ".npz"), *found)
 
 
-def confusion_of(dataset, label_of):
-    """ConfusionMatrix over a data set with masks; label_of(sample) -> (H,W), 255 = unlabelled."""
-    confusion = ConfusionMatrix(["background", *dataset.classes])
-    for i in shard(range(len(dataset))):
-        sample = dataset[i]
-        confusion.add(label_of(sample), sample.mask)
-    return confusion.reduce()
-
-
 def instance_pairs(dataset, read):
     """True and found instances, picture by picture; pictures without instance masks (SBD's) are left out.
 
@@ -1069,41 +1047,24 @@ def predict_folder(args):
     Writes predict/*.png, predict/*_overlay.png beside the checkpoint (or in --out, where that is given); of
     instances also predict/*.npz with masks, classes and scores.
     """
-    if not Path(args.checkpoint).is_file():
-        raise UserError(f"--predict needs --checkpoint runs/…/segmenter.pt or detector.pt; "
-                        f"{args.checkpoint!r} is no file")
-    state, source = read_checkpoint(args.checkpoint, Args), Path(args.predict)
     semantic, instances = "head.branches.0.weight", "roi_heads.box_predictor.cls_score.weight"
-    known = [key for key in (semantic, instances) if key in state["model"]]
-    if not known:
-        raise UserError(f"--checkpoint {args.checkpoint} is neither segmenter.pt nor detector.pt of a run")
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    files = [file for file in files if file.suffix.lower() in PICTURES]
-    if not files:
-        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
-    device, made = start_processes(args.device), state["args"]
-    classes = len(state["model"][known[0]]) - 1
-    if known[0] == semantic:
-        net = make_segmenter(made["backbone"], "none", made["seg_stride"], made["seg_rates"], classes)
+    state, last = read_predictor(args, Args, "segmenter.pt or detector.pt", semantic, instances)
+    device, made = start_processes(args.device), Args(**state["args"])
+    classes = len(state["model"][last]) - 1
+    if last == semantic:
+        net = make_segmenter(made.backbone, "none", made.seg_stride, made.seg_rates, classes)
     else:
-        net = make_detector(made["backbone"], "none", made["inst_size"], made["inst_width"],
-                            made["inst_rois"], classes)
-    net.load_state_dict(state["model"])
-    net = net.to(device, memory_format=torch.channels_last).eval()
-    folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
-    if rank() == 0:
-        print(f"{len(files)} picture(s) -> {folder}")
-    for file in tqdm(shard(files), "predict"):
-        image = read_image(file)
-        if known[0] == semantic:
-            prob = predict(net, image, made["test_scales"], device)
-            label = dense_crf([image], [prob], CRF(*made["seg_crf"]), args.crf, device=device)[0].argmax(0)
+        net = make_detector(made.backbone, "none", made.inst_size, made.inst_width, made.inst_rois, classes)
+    net = with_weights(net, state, device)
+    for image, path in pictures_to_predict(args):
+        if last == semantic:
+            prob = predict(net, image, made.test_scales, device)
+            label = dense_crf([image], [prob], CRF(*made.seg_crf), args.crf, device=device)[0].argmax(0)
         else:
             masks, found, scores = predict_instances(net, image, device)
-            save_instances(folder / f"{file.stem}.npz", masks, found, scores)
+            save_instances(f"{path}.npz", masks, found, scores)
             label = numbered(masks[scores >= 0.5], scores[scores >= 0.5])
-        save_label(folder / f"{file.stem}.png", label)
-        save_image(folder / f"{file.stem}_overlay.png", overlay(image, label))
+        save_prediction(path, image, label)
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────

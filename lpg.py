@@ -56,16 +56,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.models import resnet
-from tqdm import tqdm
 
 from common import (
-    ASPP, CRF, ConfusionMatrix, DeepLab, LargeFOVVGG, Run, UserError, contact_sheet, dense_crf,
-    distribute, imagenet_weights, inference, load_exactly, make_backbone, overlay, parse_args,
-    plain_fields, poly, rank, read_checkpoint, read_state, reduce, save_checkpoint, save_image,
-    save_label, save_npz, shard, start_processes, world)
+    ASPP, CRF, DeepLab, LargeFOVVGG, Run, UserError, confusion_of, contact_sheet, dense_crf, distribute,
+    imagenet_weights, inference, load_exactly, make_backbone, overlay, parse_args, pictures_to_predict,
+    plain_fields, poly, pretrained, rank, read_predictor, read_state, reduce, save_checkpoint, save_label,
+    save_npz, save_prediction, start_processes, with_weights, world)
 from data import (
-    PICTURES, Draws, Sample, changed, chosen_classes, coco_name, crop, flip, join, load, normalise,
-    read_image, read_label, rescale, select, voc_root, with_labels)
+    Draws, Sample, changed, chosen_classes, coco_name, crop, flip, join, load, normalise, read_label,
+    rescale, select, voc_root, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -506,11 +505,6 @@ def group_rates(net, new_layers, lr, weight_decay):
             for factor, params in groups.items()]
 
 
-def pretrained(backbone, weights):
-    """Whether this backbone starts from trained weights, so that its batch norm is kept as it is."""
-    return backbone != "tiny" and weights != "none"
-
-
 def train_segmenter(args, run, stage, dataset, folder, number, net=None):
     """M-step, Eqs. (2), (4): f on the labels of `folder`, on ground truth where that is "".
 
@@ -714,15 +708,6 @@ def predict_val(args, run, net, val_set, number, last):
                     save_label(run.path("val_crf", name), Q.argmax(0))
 
 
-def confusion_of(dataset, label_of):
-    """ConfusionMatrix over a data set with masks; label_of(sample) -> (H,W), 255 = unlabelled."""
-    confusion = ConfusionMatrix(["background", *dataset.classes])
-    for i in shard(range(len(dataset))):
-        sample = dataset[i]
-        confusion.add(label_of(sample), sample.mask)
-    return confusion.reduce()
-
-
 def evaluate_stage(args, run, stage, split, timed, controls=None, **values):
     """One entry of results.json. Only from here on are val masks, and those of weak labels' images, seen.
 
@@ -764,31 +749,15 @@ def predict_folder(args):
 
     Writes predict/*.png, predict/*_overlay.png beside the checkpoint (or in --out, where that is given).
     """
-    if not Path(args.checkpoint).is_file():
-        raise UserError(f"--predict needs --checkpoint runs/…/segmenter_3.pt; {args.checkpoint!r} is no file")
-    state, source = read_checkpoint(args.checkpoint, Args), Path(args.predict)
-    ends = ("head.8.weight", "head.branches.0.weight")
-    last = next((key for key in ends if key in state["model"]), None)
-    if last is None:
-        raise UserError(f"--checkpoint {args.checkpoint} is not a segmenter_….pt of a run")
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    files = [file for file in files if file.suffix.lower() in PICTURES]
-    if not files:
-        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
-    device, made = start_processes(args.device), state["args"]
-    net = make_deeplab(made["backbone"], "none", made["seg_stride"], made["large_fov"], made["seg_rates"],
+    state, last = read_predictor(args, Args, "segmenter_….pt", "head.8.weight", "head.branches.0.weight")
+    device, made = start_processes(args.device), Args(**state["args"])
+    net = make_deeplab(made.backbone, "none", made.seg_stride, made.large_fov, made.seg_rates,
                        len(state["model"][last]) - 1)
-    net.load_state_dict(state["model"])
-    net = net.to(device, memory_format=torch.channels_last).eval()
-    folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
-    if rank() == 0:
-        print(f"{len(files)} picture(s) -> {folder}")
-    for file in tqdm(shard(files), "predict"):
-        image = read_image(file)
+    net = with_weights(net, state, device)
+    for image, path in pictures_to_predict(args):
         prob = predict(net, image, device)
-        label = dense_crf([image], [prob], CRF(*made["seg_crf"]), args.crf, device=device)[0].argmax(0)
-        save_label(folder / f"{file.stem}.png", label)
-        save_image(folder / f"{file.stem}_overlay.png", overlay(image, label))
+        label = dense_crf([image], [prob], CRF(*made.seg_crf), args.crf, device=device)[0].argmax(0)
+        save_prediction(path, image, label)
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────

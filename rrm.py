@@ -59,22 +59,20 @@ Departures   [D1] backbone: ResNet-50; the paper's ResNet-38 has weights only fo
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from common import (
-    ASPP, CRF, ConfusionMatrix, DeepLab, Run, UserError, contact_sheet, dense_crf, dense_energy,
-    inference, make_backbone, overlay, parse_args, poly, rank, read_checkpoint, reduce, save_image,
-    save_label, save_npz, shard, start_processes, world)
+    ASPP, CRF, DeepLab, Run, UserError, confusion_of, contact_sheet, dense_crf, dense_energy, inference,
+    make_backbone, overlay, parse_args, pictures_to_predict, poly, pretrained, rank, read_predictor, reduce,
+    save_label, save_npz, save_prediction, start_processes, weights_of, with_weights, world)
 from data import (
-    MEAN, PICTURES, STD, Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_image,
-    read_label, rescale, resize_long, with_labels)
+    MEAN, STD, Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_label, rescale,
+    resize_long, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -644,16 +642,6 @@ def group_rates(net, new_layers, lr, weight_decay):
             for factor, params in groups.items()]
 
 
-def weights_of(backbone, weights):
-    """An MXNet file fits ResNet-38 alone: the run's other network then starts from torchvision's weights."""
-    return "imagenet" if weights.endswith(".params") and backbone != "resnet38" else weights
-
-
-def pretrained(backbone, weights):
-    """Whether this backbone starts from trained weights, so that its batch norm is kept as it is."""
-    return backbone != "tiny" and weights != "none"
-
-
 def make_classifier(args, stride, weights, classes):
     frozen = pretrained(args.backbone, args.weights)
     return ClassificationBranch(make_backbone(args.backbone, weights, stride, frozen), classes)
@@ -860,15 +848,6 @@ def read_cam(run, name, classes):
     return cam
 
 
-def confusion_of(dataset, label_of):
-    """ConfusionMatrix over a data set with masks; label_of(sample) -> (H,W), 255 = unlabelled."""
-    confusion = ConfusionMatrix(["background", *dataset.classes])
-    for i in shard(range(len(dataset))):
-        sample = dataset[i]
-        confusion.add(label_of(sample), sample.mask)
-    return confusion.reduce()
-
-
 def evaluate_labels(args, run, split):
     """Scores what the stages wrote. Only here and in write_panels are masks of weak labels' images seen."""
     truth = load(args, split, masks=True, fields=("mask",))
@@ -925,46 +904,26 @@ def write_panels(args, run, split):
     contact_sheet(run.path("panels", split), rows, titles)
 
 
-def load_predictor(checkpoint, device):
-    """Checkpoint of RRM or of the two-step network -> score, scales, mirror, CRF of `predict`."""
-    state = read_checkpoint(checkpoint, Args)
-    weights, made = state["model"], Args(**state["args"])
-    if "classification.classifier.weight" in weights:
-        net, options = make_rrm(made, "none", len(weights["classification.classifier.weight"])), (
-            made.test_scales, False, CRF(*made.post_crf))
-    elif "head.branches.0.weight" in weights:
-        net = make_segmenter(made.seg_backbone, "none", made.seg_stride, made.seg_rates,
-                             len(weights["head.branches.0.weight"]) - 1)
-        options = made.seg_scales, True, CRF(*made.seg_crf)
-    else:
-        raise UserError(f"--checkpoint {checkpoint} is not the joint.pt or segmenter.pt of a run")
-    net.load_state_dict(weights)
-    net = net.to(device, memory_format=torch.channels_last).eval()
-    return one_step(net) if isinstance(net, RRM) else net, *options
-
-
 def predict_folder(args):
     """--predict: masks and overlays of a picture or a folder, by the network of --checkpoint.
 
     Writes predict/*.png, predict/*_overlay.png beside the checkpoint (or in --out, where that is given).
     """
-    if not Path(args.checkpoint).is_file():
-        raise UserError(f"--predict needs --checkpoint runs/…/joint.pt; {args.checkpoint!r} is no file")
-    device, source = start_processes(args.device), Path(args.predict)
-    score, scales, mirror, crf = load_predictor(args.checkpoint, device)
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    files = [file for file in files if file.suffix.lower() in PICTURES]
-    if not files:
-        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
-    folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
-    if rank() == 0:
-        print(f"{len(files)} picture(s) -> {folder}")
-    for file in tqdm(shard(files), "predict"):
-        image = read_image(file)
+    joint, two_step = "classification.classifier.weight", "head.branches.0.weight"
+    state, last = read_predictor(args, Args, "joint.pt or segmenter.pt", joint, two_step)
+    device, made = start_processes(args.device), Args(**state["args"])
+    if last == joint:
+        net, scales, mirror = make_rrm(made, "none", len(state["model"][last])), made.test_scales, False
+        crf, score = CRF(*made.post_crf), one_step(net)
+    else:
+        score = net = make_segmenter(made.seg_backbone, "none", made.seg_stride, made.seg_rates,
+                                     len(state["model"][last]) - 1)
+        scales, mirror, crf = made.seg_scales, True, CRF(*made.seg_crf)
+    with_weights(net, state, device)
+    for image, path in pictures_to_predict(args):
         prob = predict(score, image, scales, mirror, device)
         label = dense_crf([image], [prob], crf, args.crf, device=device)[0].argmax(0)
-        save_label(folder / f"{file.stem}.png", label)
-        save_image(folder / f"{file.stem}_overlay.png", overlay(image, label))
+        save_prediction(path, image, label)
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -76,11 +76,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (
-    DeepLab, Run, UserError, barrier, contact_sheet, inference, make_backbone, overlay, parse_args, poly,
-    rank, read_checkpoint, read_json, reduce, save_image, save_label, save_npz, shard, start_processes,
-    world, write_json)
+    DeepLab, Run, UserError, barrier, contact_sheet, inference, make_backbone, overlay, parse_args,
+    pictures_to_predict, poly, pretrained, rank, read_json, read_predictor, reduce, save_npz,
+    save_prediction, start_processes, with_weights, world, write_json)
 from data import (
-    MEAN, PICTURES, DataError, Draws, Sample, changed, class_areas, class_folds, class_mask, crop, flip, load,
+    MEAN, DataError, Draws, Sample, changed, class_areas, class_folds, class_mask, crop, flip, load,
     normalise, read_image, read_label, rescale, resize, resize_long, window)
 
 
@@ -694,11 +694,6 @@ AUGMENT = {"canet": augment_canet, "pfenet": augment_pfenet}
 
 
 # ── Training ────────────────────────────────────────────────────────────────────────────────────────────────
-def pretrained(backbone, weights):
-    """Whether this backbone starts from trained weights, so that its batch norm is kept as it is."""
-    return backbone != "tiny" and weights != "none"
-
-
 def make_encoder(args, weights):
     """Backbone whose layer2, layer3 and layer4 lie on one grid.   [D1] [D2]"""
     start = pretrained(args.backbone, args.weights)
@@ -1019,36 +1014,21 @@ def predict_folder(args):
     --fuse (the last one named) and --cgm-score count; test scales and refinements are the checkpoint's.
     Writes predict/*.png, predict/*_overlay.png beside the checkpoint (or in --out, where that is given).
     """
-    if not Path(args.checkpoint).is_file():
-        raise UserError(f"--predict needs --checkpoint runs/…/segmenter.pt; {args.checkpoint!r} is no file")
+    state, _ = read_predictor(args, Args, "segmenter.pt", "reduce_query.0.weight")
     if not args.support_images or len(args.support_images) != len(args.support_masks):
         raise UserError(f"--predict needs --support-images and as many --support-masks; there are "
                         f"{len(args.support_images)} and {len(args.support_masks)}")
-    state, source = read_checkpoint(args.checkpoint, Args), Path(args.predict)
-    if "reduce_query.0.weight" not in state["model"]:
-        raise UserError(f"--checkpoint {args.checkpoint} is not the segmenter.pt of a run")
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    files = [file for file in files if file.suffix.lower() in PICTURES]
-    if not files:
-        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
     device, made = start_processes(args.device), Args(**state["args"])
     made.shots, made.fuse = (len(args.support_images),), args.fuse[-1:] or ("cgm",)
     made.cgm_score = args.cgm_score
-    net = make_scl(made, "none")
-    net.load_state_dict(state["model"])
-    net = net.to(device, memory_format=torch.channels_last).eval()
+    net = with_weights(make_scl(made, "none"), state, device)
     images = [read_image(path) for path in args.support_images]
     supports = together([encode_support(made, net, image, support_mask(path, image), device, path)
                          for image, path in zip(images, args.support_masks)])
-    folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
-    if rank() == 0:
-        print(f"{len(files)} picture(s) -> {folder}")
-    for file in tqdm(shard(files), "predict"):
-        image = read_image(file)
+    for image, path in pictures_to_predict(args):
         views = encode_query(made, net, image, device)
         (label,) = segment(made, net, views, supports, image.shape[:2]).values()
-        save_label(folder / f"{file.stem}.png", label)
-        save_image(folder / f"{file.stem}_overlay.png", overlay(image, label))
+        save_prediction(path, image, label)
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -61,7 +61,6 @@ Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -69,15 +68,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from scipy import ndimage
-from tqdm import tqdm
 
 from common import (
-    CRF, ConfusionMatrix, DeepLab, PSPNet, Run, UserError, contact_sheet, dense_crf, inference,
-    label_probs, make_backbone, overlay, parse_args, poly, rank, read_checkpoint, reduce, save_image,
-    save_label, save_npz, shard, start_processes, world)
+    CRF, DeepLab, PSPNet, Run, UserError, confusion_of, contact_sheet, dense_crf, inference, label_probs,
+    make_backbone, overlay, parse_args, pictures_to_predict, poly, pretrained, rank, read_predictor, reduce,
+    save_label, save_npz, save_prediction, shard, start_processes, weights_of, with_weights, world)
 from data import (
-    PICTURES, DataError, Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_image,
-    read_label, rescale, resize_long, subset, with_labels)
+    DataError, Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_label, rescale,
+    resize_long, subset, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -304,16 +302,6 @@ def make_pspnet(args, weights, classes):
     if args.data == "cityscapes":                               # [D15] e^-100 = 0: never predicted
         with torch.no_grad(): net.head[-1].bias[0] = net.auxiliary[-1].bias[0] = -100.0
     return net
-
-
-def weights_of(backbone, weights):
-    """An MXNet file fits ResNet-38 alone: the run's other network then starts from torchvision's weights."""
-    return "imagenet" if weights.endswith(".params") and backbone != "resnet38" else weights
-
-
-def pretrained(backbone, weights):
-    """Whether this backbone starts from trained weights, so that its batch norm is kept as it is."""
-    return backbone != "tiny" and weights != "none"
 
 
 def resample(x, size):
@@ -821,15 +809,6 @@ def write_predictions(args, run, net, val_set):
                 save_label(run.path("val_crf", name), crf.argmax(0))
 
 
-def confusion_of(dataset, label_of):
-    """ConfusionMatrix over a data set with masks; label_of(sample) -> (H,W), 255 = unlabelled."""
-    confusion = ConfusionMatrix(["background", *dataset.classes])
-    for i in shard(range(len(dataset))):
-        sample = dataset[i]
-        confusion.add(label_of(sample), sample.mask)
-    return confusion.reduce()
-
-
 def evaluate(args, run, stage, split, folder, timed, crf=False, labels="", **values):
     """One entry of results.json. Only from here on are val masks, and those of the training images, seen.
 
@@ -878,28 +857,13 @@ def predict_folder(args):
 
     Writes predict/*.png, predict/*_overlay.png beside the checkpoint (or in --out, where that is given).
     """
-    if not Path(args.checkpoint).is_file():
-        raise UserError(f"--predict needs --checkpoint runs/…/segmenter_3.pt; {args.checkpoint!r} is no file")
-    state, source = read_checkpoint(args.checkpoint, Args), Path(args.predict)
-    if "head.4.weight" not in state["model"]:
-        raise UserError(f"--checkpoint {args.checkpoint} is not a segmenter_….pt or source.pt of a run")
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    files = [file for file in files if file.suffix.lower() in PICTURES]
-    if not files:
-        raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
+    state, last = read_predictor(args, Args, "segmenter_….pt or source.pt", "head.4.weight")
     device, made = start_processes(args.device), Args(**state["args"])
-    net = make_pspnet(made, "none", len(state["model"]["head.4.weight"]) - 1)
-    net.load_state_dict(state["model"])
-    net = net.to(device, memory_format=torch.channels_last).eval()
-    folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
-    if rank() == 0:
-        print(f"{len(files)} picture(s) -> {folder}")
-    for file in tqdm(shard(files), "predict"):
-        image = read_image(file)
+    net = with_weights(make_pspnet(made, "none", len(state["model"][last]) - 1), state, device)
+    for image, path in pictures_to_predict(args):
         prob = predict(net, image, made.test_scales, device)
         label = dense_crf([image], [prob], CRF(*made.seg_crf), args.crf, device=device)[0].argmax(0)
-        save_label(folder / f"{file.stem}.png", label)
-        save_image(folder / f"{file.stem}_overlay.png", overlay(image, label))
+        save_prediction(path, image, label)
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1397,7 +1397,7 @@ def test_pspnet_runs_and_predicts(folders, tmp_path):
 
 
 def test_predict_takes_no_other_checkpoint(finished, folders, tmp_path):
-    with pytest.raises(SystemExit, match="neither segmenter.pt nor detector.pt"):
+    with pytest.raises(SystemExit, match="not the segmenter.pt or detector.pt"):
         run_here("a2gnn.py", "--predict", folders["workpiece"], "--checkpoint", finished / "classifier.pt")
 
 
