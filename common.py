@@ -1664,6 +1664,7 @@ def read_predictor(args, Args, names, *weights):
     kind = next((weight for weight in weights if weight in state["model"]), None)
     if kind is None:
         raise UserError(f"--checkpoint {args.checkpoint} is not the {names} of a run")
+    files_to_predict(args.predict)                              # none: said before a network is made
     return state, kind
 
 
@@ -1673,16 +1674,23 @@ def with_weights(net, state, device):
     return net.to(device, memory_format=torch.channels_last).eval()
 
 
-def pictures_to_predict(args):
-    """--predict, a picture or a folder: yields each picture (H,W,3) uint8 with the path of its prediction,
-    without suffix, in the folder `predict` beside the checkpoint (or in --out, where that is given).
-    """
-    from data import PICTURES, read_image
-    source = Path(args.predict)
+def files_to_predict(source):
+    """A picture, or all of a folder; UserError where there is none."""
+    from data import PICTURES
+    source = Path(source)
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
         raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
+    return files
+
+
+def pictures_to_predict(args):
+    """--predict: yields each picture (H,W,3) and the path of its prediction, without suffix: in `predict`
+    beside the checkpoint, or in --out, where that is given.
+    """
+    from data import read_image
+    files = files_to_predict(args.predict)
     folder = Path(args.out or Path(args.checkpoint).parent) / "predict"
     if rank() == 0:
         print(f"{len(files)} picture(s) -> {folder}")

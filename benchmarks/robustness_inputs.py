@@ -479,7 +479,7 @@ def folder_cases():
 def empty_prediction(method):
     """(spoil, act): a good checkpoint, and a folder without pictures."""
     keys = {"a2gnn": "head.branches.0.weight", "irnet": "head.branches.0.weight",
-            "lpg": "head.branches.0.weight", "dfr": "classify.weight", "cian": "affinity.phi_q.weight",
+            "lpg": "head.branches.0.weight", "dfr": "classify.weight", "cian": "head.branches.0.weight",
             "scl": "reduce_query.0.weight", "selftrain_workpiece": "head.4.weight"}
 
     def spoil(place):
