@@ -37,7 +37,8 @@ Departures   [D1] backbones are torchvision's; the authors' is MXNet's pre-activ
                   and the scales' maximum as one map more
              [D13] odd kernels centre feature cell i on pixel stride·i: so seeds are read and scores enlarged
              [D14] presets: with few pictures the completion loss waits for --warmup steps, as it keeps to
-                  what the network says first; shapes: φ's first weights scaled to narrower layers
+                  what the network says first; shapes: φ's first weights scaled to narrower layers; both:
+                  thresholds of boundary connectivity set with a look at masks of training pictures
              [D15] retraining labels: classes of the image's tags only (paper silent; --no-retrain-tags)
              [D16] --supervision full: L_ce alone, one round
              [D17] --strong-ratio: the ground truth also stays in the labels of later rounds (paper silent)
@@ -206,7 +207,8 @@ SHAPES = dict(
 PHOTOS = dict(
     backbone="mobilenet_v2", cam_backbone="mobilenet_v2", train_list="train", cam_stride=16, seg_stride=16,
     cam_steps=330, cam_batch=8, cam_lr=2e-3, cam_resize=(321, 513), dilation=6,
-    seg_steps=1000, retrain_steps=500, seg_batch=8, seg_crop=257, warmup=500)                     # [D14]
+    connectivity_threshold=0.5, seg_steps=1000, retrain_steps=500, seg_batch=8, seg_lr=1e-4,
+    seg_crop=257, warmup=500)                                                                       # [D14]
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
