@@ -1636,7 +1636,7 @@ def coco_aps(dataset, read):
     return {name: 100 * value if value >= 0 else None for name, value in zip(names, score.stats.tolist())}
 
 
-def evaluate(args, run, split):
+def evaluate_labels(args, run, split):
     """Scores what the stages wrote. Only here and in save_panels are masks of weak labels' images seen."""
     truth = load(args, split, masks=True, fields=("mask", "instances", "boxes"))
     notes = {**load(args, split).notes, **truth.notes}                                  # what was derived
@@ -1778,14 +1778,14 @@ def main():
             write_pseudo_instances(args, run, train_set)                                # §3.4
         if not run.has("pseudo_instance" if instance else "pseudo"):
             save_panels(args, run, "train")
-            evaluate(args, run, "train")
+            evaluate_labels(args, run, "train")
     if instance:
         write_detections(args, run, train_detector(args, run, train_set), val_set)
     else:
         write_predictions(args, run, train_segmenter(args, run, train_set), val_set)
     if not run.has("val_instance" if instance else "val_crf"):
         save_panels(args, run, "val")
-        evaluate(args, run, "val")
+        evaluate_labels(args, run, "val")
     run.table()
 
 

@@ -535,7 +535,7 @@ def train_classifier(args, run, train_set):
     return net.eval()
 
 
-def write_seeds(args, run, net, train_set):
+def write_initial_seeds(args, run, net, train_set):
     """CAM and saliency -> seeds.   Writes cam/*.npz, saliency/*.png and seeds/*.png"""
     maps = stems(Path(args.saliency)) if args.saliency else {}
 
@@ -659,7 +659,7 @@ def predict(net, image, scales, device):
     return (total / (2 * len(scales))).cpu().numpy()
 
 
-def write_predictions(args, run, net, dataset, plain, refined, crf, stage=None, by_tags=False):
+def predict_set(args, run, net, dataset, plain, refined, crf, stage=None, by_tags=False):
     """Predictions without and with CRF.   Writes <plain>/*.png and <refined>/*.png
 
     by_tags [D15]: classes that the image does not have, by its tags, get probability 0
@@ -749,7 +749,7 @@ def evaluate_attention(args, run, net):
                 attention_ratio=own / area, attention_pairs=int(number))
 
 
-def save_panels(args, run, split, columns):
+def draw_labels(args, run, split, columns):
     """panels/<split>.png: contact sheet of the first 16 images, one row each.   columns {folder: title}"""
     if rank() > 0:
         return
@@ -806,7 +806,7 @@ def evaluate_round(args, run, net, number, last):
         return
     values = dict(scales=args.test_scales, strong_ratio=args.strong_ratio, gamma=net.affinity.gamma().item())
     timed = [f"segmenter_{number}", f"val_crf{tag}"]
-    save_panels(args, run, "val", {f"val{tag}": "prediction", f"val_crf{tag}": "prediction + CRF"})
+    draw_labels(args, run, "val", {f"val{tag}": "prediction", f"val_crf{tag}": "prediction + CRF"})
     draw_affinity(args, run, net)
     values |= evaluate_attention(args, run, net)
     for stage in (f"val{tag}", f"val_crf{tag}"):
@@ -864,9 +864,9 @@ def main():
     run, weak = Run(args, FIELDS), args.supervision != "full"
     if weak:
         classifier = train_classifier(args, run, train_set)                             # §Initial Seeds
-        write_seeds(args, run, classifier, train_set)
+        write_initial_seeds(args, run, classifier, train_set)
         if not run.has("seed"):
-            save_panels(args, run, "train", {"seeds": "seed"})
+            draw_labels(args, run, "train", {"seeds": "seed"})
             evaluate_stage(args, run, "cam", "train", "cam", ["classifier"], crf=False)
             evaluate_stage(args, run, "seed", "train", "seeds", ["seeds"], crf=False)
     tags, folder, net = read_tags(run, train_set), "seeds", None
@@ -877,14 +877,14 @@ def main():
             folder = write_strong(args, run, train_set, folder)                         # Table 4
         net = train_round(args, run, train_set, tags, folder, number, net)              # Eqs. (1)–(9)
         tag = "" if last else f"_{number}"
-        write_predictions(args, run, net, val_set, f"val{tag}", f"val_crf{tag}", args.seg_crf)
+        predict_set(args, run, net, val_set, f"val{tag}", f"val_crf{tag}", args.seg_crf)
         evaluate_round(args, run, net, number, last)
         if not last:                                                                    # retraining
             folder = f"pseudo_{number}"
-            write_predictions(args, run, net, train_set, f"{folder}_raw", folder, args.retrain_crf, folder,
-                              args.retrain_tags)
+            predict_set(args, run, net, train_set, f"{folder}_raw", folder, args.retrain_crf, folder,
+                        args.retrain_tags)
             if not run.has(folder):
-                save_panels(args, run, "train", {"seeds": "seed", folder: "retraining label"})
+                draw_labels(args, run, "train", {"seeds": "seed", folder: "retraining label"})
                 evaluate_stage(args, run, folder, "train", folder, [folder], crf=True)
     run.table()
 

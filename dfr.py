@@ -660,7 +660,7 @@ def predict(net, image, fit, scales, mirror, device):
     return (total[0] / (len(scales) * (1 + mirror))).cpu().numpy()
 
 
-def write_predictions(args, run, net, val_set):
+def write_val(args, run, net, val_set):
     """Single-scale and multi-scale predictions.   Writes val/*.png and val_ms/*.png"""
     with run.timed("val"):
         for names in run.todo(val_set.names, "val_ms", chunk=16):
@@ -673,7 +673,7 @@ def write_predictions(args, run, net, val_set):
 
 
 def evaluate(args, run):
-    """Scores what write_predictions wrote; miou_fg is the mean over the classes without background [D12]."""
+    """Scores what write_val wrote; miou_fg is the mean over the classes without background [D12]."""
     truth = load(args, "val", masks=True, fields=("mask",))
     learnt = load(args, "train", fields=() if args.supervision == "full" else ("scribble",))
 
@@ -689,7 +689,7 @@ def evaluate(args, run):
     result("val_ms", args.test_scales)
 
 
-def save_panels(args, run):
+def draw_panel(args, run):
     """panels/val.png: contact sheet of the first 16 images, one row each."""
     if rank() > 0:
         return
@@ -725,9 +725,9 @@ def main():
     make_dfr(args, args.weights, 1)                                            # wrong weights: say so now
     run = Run(args, FIELDS)
     net = train_segmenter(args, run, train_set)                                    # Eqs. (4.1)–(4.13)
-    write_predictions(args, run, net, val_set)
+    write_val(args, run, net, val_set)
     if not run.has("val_ms"):
-        save_panels(args, run)
+        draw_panel(args, run)
         evaluate(args, run)
     run.table()
 

@@ -973,7 +973,7 @@ def instance_pairs(dataset, read):
             yield objects_of(sample.mask, sample.instances), read(sample.name)
 
 
-def evaluate(args, run, split):
+def evaluate_labels(args, run, split):
     """Scores what the stages wrote. Only here and in the panels are masks of weak labels' images seen."""
     truth = load(args, split, masks=True, fields=("mask", "instances"))
     if "mask" not in truth.fields:                                                    # own data may lack it
@@ -1015,7 +1015,7 @@ def field_colours(D):
     return np.array(Image.merge("HSV", channels).convert("RGB"))
 
 
-def save_panels(args, run, split):
+def draw_panels(args, run, split):
     """panels/<split>.png: contact sheet of the first 16 images, one row each; train: as Fig. 9."""
     if rank() > 0:
         return
@@ -1088,16 +1088,16 @@ def main():
         write_fields(args, run, irnet, train_set)                                       # D and B
         synthesise_labels(args, run, irnet.stride, train_set)                           # Eqs. (10)–(15)
         if not run.has("pseudo_instance"):
-            save_panels(args, run, "train")
-            evaluate(args, run, "train")
+            draw_panels(args, run, "train")
+            evaluate_labels(args, run, "train")
     segmenter = train_segmenter(args, run, train_set)
     write_predictions(args, run, segmenter, val_set)
     if args.mask_rcnn:
         detector = train_detector(args, run, train_set)
         write_instances(args, run, detector, val_set)
     if not run.has("val_instance" if args.mask_rcnn else "val_crf"):
-        save_panels(args, run, "val")
-        evaluate(args, run, "val")
+        draw_panels(args, run, "val")
+        evaluate_labels(args, run, "val")
     run.table()
 
 

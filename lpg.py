@@ -692,7 +692,7 @@ def write_semi(args, run, folder, train_set, truth):
 
 
 # ── Evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
-def write_predictions(args, run, net, val_set, number, last):
+def predict_val(args, run, net, val_set, number, last):
     """Predictions of one stage, of the last also with CRF.   Writes val_<number>/*.png and val_crf/*.png"""
     plain = f"val_{number}"
     final = "val_crf" if last else plain
@@ -732,7 +732,7 @@ def evaluate_stage(args, run, stage, split, timed, controls=None, **values):
                seconds=round(sum(map(run.seconds, timed)), 1), **values)
 
 
-def save_panels(args, run, split, columns):
+def draw_stages(args, run, split, columns):
     """panels/<split>.png: contact sheet of the first 16 images, one row each.   columns {folder: title}"""
     if rank() > 0:
         return
@@ -875,14 +875,14 @@ def main():
         folder = write_semi(args, run, folder, train_set, truth) if semi else folder
         net = train_segmenter(args, run, f"segmenter_{number}", train_set, folder, number, net)
         if number:
-            write_predictions(args, run, net, val_set, number, number == N)
+            predict_val(args, run, net, val_set, number, number == N)
             evaluate_stage(args, run, f"val_{number}", "val", [f"segmenter_{number}"], crf=False)
     if not run.has("val_crf"):
         columns = {"boxes": "boxes", "pseudo_crf": "CRF", "pseudo_grabcut": "GrabCut"}
         steps = range(1, N + 1)
         if not full:
-            save_panels(args, run, "train", columns | {f"pseudo_{n}": f"LPG, stage {n}" for n in steps})
-        save_panels(args, run, "val", {f"val_{n}": f"stage {n}" for n in steps} | {"val_crf": "with CRF"})
+            draw_stages(args, run, "train", columns | {f"pseudo_{n}": f"LPG, stage {n}" for n in steps})
+        draw_stages(args, run, "val", {f"val_{n}": f"stage {n}" for n in steps} | {"val_crf": "with CRF"})
         evaluate_stage(args, run, "val_crf", "val", [f"segmenter_{N}", f"val_{N}"], crf=True)
     run.table()
 

@@ -799,7 +799,7 @@ def one_step(net):
     return lambda image: net.segment(image)[0]
 
 
-def write_predictions(args, run, dataset, folders, score, scales, mirror, crf, by_tags=False):
+def write_masks(args, run, dataset, folders, score, scales, mirror, crf, by_tags=False):
     """Predictions without and with CRF.   Writes *.png in the two folders.
 
     by_tags [D15]: classes that the image does not have, by its tags, get probability 0
@@ -848,8 +848,8 @@ def read_cam(run, name, classes):
     return cam
 
 
-def evaluate(args, run, split):
-    """Scores what the stages wrote. Only here and in save_panels are masks of weak labels' images seen."""
+def evaluate_labels(args, run, split):
+    """Scores what the stages wrote. Only here and in write_panels are masks of weak labels' images seen."""
     truth = load(args, split, masks=True, fields=("mask",))
     if "mask" not in truth.fields:                                                    # own data may lack it
         return
@@ -885,7 +885,7 @@ def evaluate(args, run, split):
                scales=args.seg_scales)
 
 
-def save_panels(args, run, split):
+def write_panels(args, run, split):
     """panels/<split>.png: contact sheet of the first 16 images, one row each."""
     if rank() > 0:
         return
@@ -948,18 +948,18 @@ def main():
     if weak:
         write_mined(args, run, net, train_set)
     options = one_step(net), args.test_scales, False, args.post_crf
-    write_predictions(args, run, val_set, ("val", "val_crf"), *options)
+    write_masks(args, run, val_set, ("val", "val_crf"), *options)
     if args.two_step:                                                              # §2.3.3
         if weak:
-            write_predictions(args, run, train_set, ("pseudo_raw", "pseudo"), *options, args.pseudo_tags)
+            write_masks(args, run, train_set, ("pseudo_raw", "pseudo"), *options, args.pseudo_tags)
         segmenter = train_segmenter(args, run, train_set)
-        write_predictions(args, run, val_set, ("val_two_step", "val_two_step_crf"), segmenter,
-                          args.seg_scales, True, args.seg_crf)
+        write_masks(args, run, val_set, ("val_two_step", "val_two_step_crf"), segmenter, args.seg_scales,
+                    True, args.seg_crf)
     for split, last in (("train", "pseudo" if args.two_step else "seed"),
                         ("val", "val_two_step_crf" if args.two_step else "val_crf")):
         if not run.has(last) and (weak or split == "val"):
-            save_panels(args, run, split)
-            evaluate(args, run, split)
+            write_panels(args, run, split)
+            evaluate_labels(args, run, split)
     run.table()
 
 

@@ -836,7 +836,7 @@ def missed_share(run, train_set):
     return 100 * missed / max(1, tags)
 
 
-def save_panels(args, run, name, split, columns, several=False):
+def draw_rounds(args, run, name, split, columns, several=False):
     """panels/<name>.png: sheet of the first 16 images, one row each; several: of two parts or more."""
     if rank() > 0:
         return
@@ -916,7 +916,7 @@ def self_train(args, run, train_set, rendered, net, encoder):
             run.say(f"{100 * change:.1f} % of the labels changed: no further round")
             break
     if not run.has("val"):
-        save_panels(args, run, "train", "train", columns)
+        draw_rounds(args, run, "train", "train", columns)
     return net
 
 
@@ -951,8 +951,8 @@ def main():
         net = self_train(args, run, train_set, rendered, net, encoder)                  # Algorithm 1
     write_predictions(args, run, net, val_set)
     if not run.has("val_crf"):
-        save_panels(args, run, "val", "val", ["val", "val_crf"])
-        save_panels(args, run, "several", "val", ["val", "val_crf"], several=True)       # Fig. 5
+        draw_rounds(args, run, "val", "val", ["val", "val_crf"])
+        draw_rounds(args, run, "several", "val", ["val", "val_crf"], several=True)       # Fig. 5
         for stage in ("val", "val_crf"):
             evaluate(args, run, stage, "val", stage, ["val"], crf=stage == "val_crf")
     run.table()

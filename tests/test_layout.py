@@ -24,9 +24,9 @@ SHARED = ["common", "data"]
 HOUSE = METHODS + SHARED
 COLUMNS, LENGTH, NESTING = 110, 70, 4
 
-# The functions that carry the method itself, its stages from training to panels, differ from file to file
-# under one name. All others that share a name share every word; a variant gets another name.
-OWN = re.compile(r"(Args|main|save_panels|(train|write|evaluate|predict|augment)(_\w+)?)$")
+# The functions that carry the method itself differ from file to file under one name. All others that share a
+# name share every word; a variant gets another name.
+OWN = re.compile(r"(Args|main|(train|evaluate|predict|augment)(_\w+)?)$")
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
