@@ -97,7 +97,7 @@ from common import (
     save_instances, save_label, save_npz, save_prediction, start_processes, weights_of, with_weights, world)
 from data import (
     Draws, Sample, changed, coco_annotations, color_jitter, crop, derive_boxes, flip, load, normalise,
-    objects_of, read_label, rescale, resize_long, with_labels)
+    objects_of, read_label, rescale, resize_batch, resize_long, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -620,7 +620,7 @@ def multi_scale_cam(net, image, tags, scales, stride, device):
     total = 0
     for scale in scales:
         seen = [max(32, round(n * scale)) for n in image.shape[:2]]
-        scaled = resample(x, seen)
+        scaled = resize_batch(x, seen)
         refined = net(torch.cat([scaled, scaled.flip(-1)]))[0][1][:, 1:][:, tags]
         cam = cells_to_pixels(refined, stride, image.shape[:2], seen)
         total = total + F.relu(cam[0] + cam[1].flip(-1))
@@ -1571,7 +1571,7 @@ def predict(net, image, scales, device):
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
     total = 0
     for scale in scales:
-        scaled = resample(x, [max(32, round(n * scale)) for n in image.shape[:2]])
+        scaled = resize_batch(x, [max(32, round(n * scale)) for n in image.shape[:2]])
         logits = resample(net(torch.cat([scaled, scaled.flip(-1)])).float(), image.shape[:2])
         total = total + logits[:1].softmax(1) + logits[1:].flip(-1).softmax(1)
     return (total[0] / (2 * len(scales))).cpu().numpy()

@@ -64,7 +64,7 @@ from common import (
     save_label, save_npz, save_prediction, shard, start_processes, weights_of, with_weights, world)
 from data import (
     DataError, Draws, Sample, changed, crop, flip, load, normalise, read_image, read_label, reading,
-    require, rescale, resize_long, stems, tags_in, with_labels)
+    require, rescale, resize_batch, resize_long, stems, tags_in, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -407,7 +407,7 @@ def class_activation(net, image, tags, scales, stride, device):
     total = 0
     for scale in scales:
         seen = [max(32, round(n * scale)) for n in image.shape[:2]]
-        scaled = resample(x, seen)
+        scaled = resize_batch(x, seen)
         scores = F.relu(net.scores(torch.cat([scaled, scaled.flip(-1)]))[:, tags])
         scores = cells_to_pixels(scores, stride, image.shape[:2], seen)
         total = total + scores[0] + scores[1].flip(-1)
@@ -652,7 +652,7 @@ def predict(net, image, scales, device):
     total = 0
     for scale in scales:
         seen = [max(32, round(n * scale)) for n in image.shape[:2]]
-        scaled = resample(x, seen)
+        scaled = resize_batch(x, seen)
         scores = net(torch.cat([scaled, scaled.flip(-1)]))["self"]
         prob = cells_to_pixels(scores, net.stride, image.shape[:2], seen).softmax(1)
         total = total + prob[0] + prob[1].flip(-1)

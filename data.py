@@ -186,6 +186,13 @@ def normalise(s):
     return changed(s, image=image.permute(2, 0, 1).contiguous(), **fields)
 
 
+def resize_batch(x, size):
+    """Normalised pictures (B,3,H,W) -> (B,3,*size), antialiased when shrinking, as `resize`: the small scales
+    of a test look as they did in training."""
+    if x.shape[-2:] == tuple(size): return x
+    return torch.nn.functional.interpolate(x, tuple(size), mode="bilinear", antialias=True)
+
+
 def collate(samples):
     """B normalised samples -> one: image (B,3,H,W), tags (B,K), label maps (B,H,W); the others are lists."""
     batch = {key: [getattr(s, key) for s in samples] for key in vars(samples[0])

@@ -64,7 +64,7 @@ from common import (
     Backbone, Run, UserError, confusion_of, contact_sheet, imagenet_weights, inference, load_exactly,
     make_backbone, overlay, parse_args, pictures_to_predict, poly, pretrained, rank, read_predictor,
     read_state, reduce, save_label, save_prediction, start_processes, with_weights, world)
-from data import Draws, Sample, changed, crop, flip, load, normalise, read_label, resize
+from data import Draws, Sample, changed, crop, flip, load, normalise, read_label, resize, resize_batch
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -653,7 +653,7 @@ def predict(net, image, fit, scales, mirror, device):
     size, total = image.shape[:2], 0
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
     for scale in scales:
-        scaled = resample(x, [max(32, n) for n in fitted(size, fit, scale)])
+        scaled = resize_batch(x, [max(32, n) for n in fitted(size, fit, scale)])
         total = total + resample(net(scaled)[0], size).softmax(1)
         if mirror:
             total = total + resample(net(scaled.flip(-1))[0], size).softmax(1).flip(-1)

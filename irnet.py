@@ -72,7 +72,8 @@ from common import (
     parse_args, pictures_to_predict, poly, pretrained, rank, read_instances, read_predictor, reduce,
     save_instances, save_label, save_npz, save_prediction, start_processes, weights_of, with_weights, world)
 from data import (
-    Draws, Sample, crop, flip, load, normalise, objects_of, read_label, rescale, resize_long, with_labels)
+    Draws, Sample, crop, flip, load, normalise, objects_of, read_label, rescale, resize_batch,
+    resize_long, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -392,7 +393,7 @@ def cam_of_image(net, image, tags, scales, stride, device):
     total = 0
     for scale in scales:
         seen = [max(32, round(n * scale)) for n in image.shape[:2]]
-        scaled = resample(x, seen)
+        scaled = resize_batch(x, seen)
         scores = F.relu(net.scores(torch.cat([scaled, scaled.flip(-1)]))[:, tags])
         scores = cells_to_pixels(scores, stride, image.shape[:2], seen)
         total = total + scores[0] + scores[1].flip(-1)
@@ -929,7 +930,7 @@ def predict(net, image, scales, device):
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
     total = 0
     for scale in scales:
-        scaled = resample(x, [max(32, round(n * scale)) for n in image.shape[:2]])
+        scaled = resize_batch(x, [max(32, round(n * scale)) for n in image.shape[:2]])
         logits = resample(net(torch.cat([scaled, scaled.flip(-1)])).float(), image.shape[:2])
         total = total + logits[:1].softmax(1) + logits[1:].flip(-1).softmax(1)
     return (total[0] / (2 * len(scales))).cpu().numpy()

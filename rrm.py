@@ -72,7 +72,7 @@ from common import (
     save_label, save_npz, save_prediction, start_processes, weights_of, with_weights, world)
 from data import (
     MEAN, STD, Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_label, rescale,
-    resize_long, with_labels)
+    resize_batch, resize_long, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -332,7 +332,7 @@ class ClassificationBranch(nn.Module):
         self.backbone.eval()                    # the extra scales must not enter batch norm's statistics
         for scale in scales:
             seen = size if scale == 1 else [max(32, round(n * scale)) for n in size]
-            maps = feature if scale == 1 else self.backbone(resample(image, seen))[-1]
+            maps = feature if scale == 1 else self.backbone(resize_batch(image, seen))[-1]
             with torch.autocast(image.device.type, enabled=False):          # bf16 is too coarse for ranks
                 cams.append(eq2_1_cam(maps.float(), self.classifier.weight, stride, size, seen))
         self.backbone.train(training)
@@ -786,7 +786,7 @@ def predict(score, image, scales, mirror, device):
     """
     x, total = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last), 0
     for scale in scales:
-        scaled = resample(x, [max(32, round(n * scale)) for n in image.shape[:2]])
+        scaled = resize_batch(x, [max(32, round(n * scale)) for n in image.shape[:2]])
         total = total + resample(score(scaled).float(), image.shape[:2]).softmax(1)
         if mirror:
             turned = resample(score(scaled.flip(-1)).float(), image.shape[:2])

@@ -81,7 +81,7 @@ from common import (
     save_prediction, start_processes, with_weights, world, write_json)
 from data import (
     MEAN, DataError, Draws, Sample, changed, class_areas, class_folds, class_mask, crop, flip, load,
-    normalise, read_image, read_label, rescale, resize, resize_long, window)
+    normalise, read_image, read_label, rescale, resize, resize_batch, resize_long, window)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -816,7 +816,7 @@ def encode_query(args, net, image, device):
     for scale in args.test_scales:
         if net.single:                                                       # its own size
             inside = [max(32, round(scale * n)) for n in plain.image.shape[:2]]
-            x = resample(normalise(plain).image[None].to(device), inside)
+            x = resize_batch(normalise(plain).image[None].to(device), inside)
         else:
             sample, inside = network_sized(plain, args.baseline, round(scale * args.seg_crop))
             x = normalise(sample).image[None].to(device)

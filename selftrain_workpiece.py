@@ -75,7 +75,7 @@ from common import (
     save_label, save_npz, save_prediction, shard, start_processes, weights_of, with_weights, world)
 from data import (
     DataError, Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_label, rescale,
-    resize_long, subset, with_labels)
+    resize_batch, resize_long, subset, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -402,7 +402,7 @@ def cam_of_tags(net, image, tags, scales, stride, device):
     total = 0
     for scale in scales:
         seen = [max(32, round(n * scale)) for n in image.shape[:2]]
-        scaled = resample(x, seen)
+        scaled = resize_batch(x, seen)
         scores = net.scores(torch.cat([scaled, scaled.flip(-1)]))[:, tags]
         scores = cells_to_pixels(scores, stride, image.shape[:2], seen)
         total = total + scores[0] + scores[1].flip(-1)
@@ -723,7 +723,7 @@ def predict(net, image, scales, device):
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
     total = 0
     for scale in scales:
-        scaled = resample(x, [max(32, round(n * scale)) for n in image.shape[:2]])
+        scaled = resize_batch(x, [max(32, round(n * scale)) for n in image.shape[:2]])
         logits = resample(net(torch.cat([scaled, scaled.flip(-1)])).float(), image.shape[:2])
         total = total + logits[:1].softmax(1) + logits[1:].flip(-1).softmax(1)
     return (total[0] / (2 * len(scales))).cpu().numpy()

@@ -251,6 +251,15 @@ def test_normalise():
     assert np.allclose(out.image[:, 10, 20], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(20, 35), (37, 61), (90, 130)])
+def test_test_scales_are_filtered_like_training_scales(size):
+    image = rng().integers(0, 256, (60, 100, 3), np.uint8)
+    trained = data.normalise(data.resize(Sample(image=image), size)).image
+    tested = data.resize_batch(data.normalise(Sample(image=image)).image[None], size)[0]
+    step = 1 / 255 / min(data.STD)                  # pictures are rounded to grey values, row- and columnwise
+    assert (trained - tested).abs().max() < 1.01 * step
+
+
 def test_collate():
     samples = [data.normalise(data.crop(painted(), 64, rng(i))) for i in range(3)]
     batch = data.collate(samples)
