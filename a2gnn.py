@@ -47,8 +47,8 @@ Departures   [D1] classifier and affinity CNN: ResNet-50; the paper's ResNet-38 
              [D10] SGD without momentum for SEAM and affinity CNN: what their published optimiser really does
              [D11] GNN's output layer: the image's own classes (its tags) and background; the authors' has all
              [D12] random walk of Table 3.4: starts from the CAM inside its class's boxes, background outside
-             [D13] odd kernels centre feature cell i on pixel stride·i: so CAM, walk and GNN are enlarged (the
-                  authors' bilinear is half a cell off); taps and logits by torch's bilinear
+             [D13] odd kernels centre feature cell i on pixel stride·i: so CAM, walk, GNN and scores are
+                  enlarged (the authors' bilinear is half a cell off); taps by torch's bilinear
              [D14] Mask R-CNN is torchvision's with FPN; pictures are squares of one size; paper silent on
                   its schedule: Detectron's, as many epochs of VOC as its 1x has of COCO
              [D15] node features are cut at 0 (no change for ResNets): MobileNetV2's blocks end without ReLU
@@ -91,10 +91,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (
-    ASPP, CRF, DeepLab, PSPNet, Run, UserError, confusion_of, contact_sheet, dense_crf, detector_schedule,
-    inference, instance_aps, instance_overlay, label_probs, make_backbone, mask_rcnn, numbered, overlay,
-    parse_args, pictures_to_predict, poly, pretrained, rank, read_instances, read_predictor, reduce,
-    save_instances, save_label, save_npz, save_prediction, start_processes, weights_of, with_weights, world)
+    ASPP, CRF, DeepLab, PSPNet, Run, UserError, cells_to_pixels, confusion_of, contact_sheet, dense_crf,
+    detector_schedule, enlarge, inference, instance_aps, instance_overlay, label_probs, lerp_matrix,
+    make_backbone, mask_rcnn, numbered, overlay, parse_args, pictures_to_predict, poly, pretrained, rank,
+    read_instances, read_predictor, reduce, save_instances, save_label, save_npz, save_prediction,
+    start_processes, weights_of, with_weights, world)
 from data import (
     Draws, Sample, changed, coco_annotations, color_jitter, crop, derive_boxes, flip, load, normalise,
     objects_of, read_label, rescale, resize_batch, resize_long, with_labels)
@@ -580,34 +581,6 @@ def hardest(difference, share):
     """Mean of the largest `share` of |difference| in each image.   (B,K,h,w) -> scalar"""
     difference = difference.abs().flatten(1)
     return difference.topk(max(1, int(share * difference.shape[1])), dim=1).values.mean()
-
-
-def lerp_matrix(pixels, nodes, stride, shape, device, scale=1.0):
-    """Bilinear weights that enlarge one axis. Feature cell i lies at pixel stride·i of the image the network
-    saw, which was `scale` times the original [D13]; beyond the first and last cell their values are repeated.
-
-    pixels, nodes: the image's own; shape: (rows, columns) of the padded matrix, at least these -> float32
-    """
-    index = torch.arange(pixels, device=device)
-    place = (((index + 0.5) * scale - 0.5) / stride).clamp(0, nodes - 1)
-    low = place.floor().long()
-    matrix = torch.zeros(shape, device=device)
-    matrix[index, low] = 1 - (place - low)
-    matrix[index, (low + 1).clamp_max(nodes - 1)] += place - low
-    return matrix
-
-
-def enlarge(x, rows, columns):
-    """Node maps to pixel maps by two products.   x (B,C,h,w), rows (B,H,h), columns (B,W,w) -> (B,C,H,W)"""
-    x = (x.flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, x.shape[1:3])
-    return rows[:, None] @ x
-
-
-def cells_to_pixels(x, stride, size, seen=None):
-    """Feature maps (B,C,h,w) of an image seen at size `seen` -> (B,C,*size), its own size.   [D13]"""
-    rows, columns = (lerp_matrix(n, cells, stride, (n, cells), x.device, scaled / n)
-                     for n, cells, scaled in zip(size, x.shape[-2:], seen or size))
-    return enlarge(x, rows[None], columns[None])
 
 
 @inference()
@@ -1407,14 +1380,14 @@ def train_segmenter(args, run, train_set):
         sample = flip(sample) if rng.random() < 0.5 else sample
         return normalise(crop(sample, args.seg_crop, rng))
 
-    def entropy(logits, label):
-        logits = resample(logits.float(), label.shape[-2:])
+    def entropy(logits, stride, label):
+        logits = cells_to_pixels(logits.float(), stride, label.shape[-2:])                      # [D13]
         return masked_mean(F.cross_entropy(logits, label, ignore_index=255, reduction="none"), label != 255)
 
     run.reseed("segmenter")
     net = make_network(args.segmenter, args.backbone, args.weights, args.seg_stride, args.seg_rates,
                        len(train_set.classes))
-    ddp = run.place(net).train()
+    ddp, strides = run.place(net).train(), net.backbone.strides
     new_layers = [part for name, part in net.named_children() if name != "backbone"]
     new_layers = new_layers if pretrained(args.backbone, args.weights) else []
     optim = torch.optim.SGD(group_rates(net, new_layers, args.seg_lr, args.weight_decay),
@@ -1427,9 +1400,10 @@ def train_segmenter(args, run, train_set):
         with run.autocast():
             logits = ddp(batch.image)
         if args.segmenter == "pspnet":
-            loss = entropy(logits[0], label) + args.seg_auxiliary * entropy(logits[1], label)
+            main, auxiliary = (entropy(part, s, label) for part, s in zip(logits, strides[:-3:-1]))
+            loss = main + args.seg_auxiliary * auxiliary
         else:
-            loss = entropy(logits, label)
+            loss = entropy(logits, strides[-1], label)
         optim.zero_grad()
         loss.backward()
         optim.step()
@@ -1569,12 +1543,14 @@ def write_detections(args, run, net, val_set):
 def predict(net, image, scales, device):
     """Class probabilities, mean over scales and mirror images.   image (H,W,3) uint8 -> (K+1,H,W) float32"""
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
-    total = 0
+    stride, size, total = net.backbone.strides[-1], image.shape[:2], 0
     for scale in scales:
-        scaled = resize_batch(x, [max(32, round(n * scale)) for n in image.shape[:2]])
-        logits = resample(net(torch.cat([scaled, scaled.flip(-1)])).float(), image.shape[:2])
-        total = total + logits[:1].softmax(1) + logits[1:].flip(-1).softmax(1)
-    return (total[0] / (2 * len(scales))).cpu().numpy()
+        seen = [max(32, round(n * scale)) for n in size]
+        scaled = resize_batch(x, seen)
+        logits = net(torch.cat([scaled, scaled.flip(-1)])).float()
+        prob = cells_to_pixels(logits, stride, size, seen).softmax(1)
+        total = total + prob[0] + prob[1].flip(-1)
+    return (total / (2 * len(scales))).cpu().numpy()
 
 
 def write_predictions(args, run, net, val_set):

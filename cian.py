@@ -59,9 +59,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (
-    CRF, LargeFOV, Run, UserError, confusion_of, contact_sheet, dense_crf, inference, make_backbone,
-    overlay, parse_args, pictures_to_predict, poly, pretrained, rank, read_predictor, reduce, save_image,
-    save_label, save_npz, save_prediction, shard, start_processes, weights_of, with_weights, world)
+    CRF, LargeFOV, Run, UserError, cells_to_pixels, confusion_of, contact_sheet, dense_crf, inference,
+    make_backbone, overlay, parse_args, pictures_to_predict, poly, pretrained, rank, read_predictor,
+    reduce, save_image, save_label, save_npz, save_prediction, shard, start_processes, weights_of,
+    with_weights, world)
 from data import (
     DataError, Draws, Sample, changed, crop, flip, load, normalise, read_image, read_label, reading,
     require, rescale, resize_batch, resize_long, stems, tags_in, with_labels)
@@ -367,34 +368,6 @@ def resample(x, size):
     """Bilinear (B,C,h,w) -> (B,C,*size)."""
     size = tuple(size)
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
-
-
-def lerp_matrix(pixels, nodes, stride, shape, device, scale=1.0):
-    """Bilinear weights that enlarge one axis. Feature cell i lies at pixel stride·i of the image the network
-    saw, which was `scale` times the original [D13]; beyond the first and last cell their values are repeated.
-
-    pixels, nodes: the image's own; shape: (rows, columns) of the padded matrix, at least these -> float32
-    """
-    index = torch.arange(pixels, device=device)
-    place = (((index + 0.5) * scale - 0.5) / stride).clamp(0, nodes - 1)
-    low = place.floor().long()
-    matrix = torch.zeros(shape, device=device)
-    matrix[index, low] = 1 - (place - low)
-    matrix[index, (low + 1).clamp_max(nodes - 1)] += place - low
-    return matrix
-
-
-def enlarge(x, rows, columns):
-    """Node maps to pixel maps by two products.   x (B,C,h,w), rows (B,H,h), columns (B,W,w) -> (B,C,H,W)"""
-    x = (x.flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, x.shape[1:3])
-    return rows[:, None] @ x
-
-
-def cells_to_pixels(x, stride, size, seen=None):
-    """Feature maps (B,C,h,w) of an image seen at size `seen` -> (B,C,*size), its own size.   [D13]"""
-    rows, columns = (lerp_matrix(n, cells, stride, (n, cells), x.device, scaled / n)
-                     for n, cells, scaled in zip(size, x.shape[-2:], seen or size))
-    return enlarge(x, rows[None], columns[None])
 
 
 @inference()

@@ -1021,6 +1021,41 @@ def read_mxnet(file):
                         "again") from None
 
 
+# ── From feature cells to pixels ────────────────────────────────────────────────────────────────────────────
+# Odd kernels centre cell i on pixel stride·i. Bilinear interpolation straight to the image's size puts it
+# elsewhere, and for each size at another place.
+
+def lerp_matrix(pixels, nodes, stride, shape, device, scale=1.0):
+    """Bilinear weights that enlarge one axis. Feature cell i lies at pixel stride·i of the image the network
+    saw, which was `scale` times the original; beyond the first and last cell their values are repeated.
+
+    pixels, nodes: the image's own; shape: (rows, columns) of the padded matrix, at least these -> float32
+    """
+    index = torch.arange(pixels, device=device)
+    place = (((index + 0.5) * scale - 0.5) / stride).clamp(0, nodes - 1)
+    low = place.floor().long()
+    matrix = torch.zeros(shape, device=device)
+    matrix[index, low] = 1 - (place - low)
+    matrix[index, (low + 1).clamp_max(nodes - 1)] += place - low
+    return matrix
+
+
+def enlarge(x, rows, columns):
+    """Node maps to pixel maps by two products.   x (B,C,h,w), rows (B,H,h), columns (B,W,w) -> (B,C,H,W)"""
+    x = (x.flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, x.shape[1:3])
+    return rows[:, None] @ x
+
+
+def cells_to_pixels(x, stride, size, seen=None):
+    """Feature maps (B,C,h,w) of an image seen at size `seen` -> (B,C,*size), its own size.
+
+    For sides of stride·n + 1, such as 321 and 513, it is bilinear interpolation with align_corners=True.
+    """
+    rows, columns = (lerp_matrix(n, cells, stride, (n, cells), x.device, scaled / n)
+                     for n, cells, scaled in zip(size, x.shape[-2:], seen or size))
+    return enlarge(x, rows[None], columns[None])
+
+
 # ── Heads ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 class ASPP(nn.Module):

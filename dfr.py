@@ -39,7 +39,8 @@ Departures   [D1] Swin-B starts from torchvision's ImageNet-1k weights; the pape
              [D12] PASCAL-Context: background is learned and scored like the 59 classes; miou_fg leaves its
                   IoU out (paper silent); crop and scale as for VOC (mmsegmentation's: 480 and 520)
              [D13] the grid is 1/4 of the image for every backbone; batch norms that start from ImageNet stay
-                  fixed; no weight decay for any norm layer; logits by torch's bilinear
+                  fixed; no weight decay for any norm layer; crops, and in tests padding, of whole cells of
+                  the deepest tap (32 pixels), logits by torch's bilinear
              [D14] presets: window, σ_xy and λ1 scaled with the smaller grid (λ1 times the number of partners
                   stays 1.2), σ3 with √d; widths lowered; rates for few steps, on photographs the layers
                   behind the backbone ten times as fast: a step of AdamW moves a weight by the rate at most
@@ -195,7 +196,7 @@ SHAPES = dict(
 PHOTOS = dict(
     backbone="mobilenet_v2", train_list="train", width=64, feature_dim=32, sigma_feature=25, radius=3,
     sigma_xy=3.6, w_dfr=0.025, seg_steps=1000, seg_batch=8, seg_lr=2e-4, head_rate=10, warmup=50,
-    seg_crop=257, fit=(1028, 257), test_scales=(0.75, 1.0, 1.25))
+    seg_crop=256, fit=(1024, 256), test_scales=(0.75, 1.0, 1.25))
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {"segmenter": (
@@ -647,6 +648,14 @@ def train_segmenter(args, run, train_set):
 
 
 # ── Evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
+def whole_cells(net, image):
+    """Logits of an image of any size: padded to whole cells of the deepest tap, as training's crops are, so
+    that cells lie where they lay there; enlarged, cropped back.   [D13]   (1,3,H,W) -> (1,K+1,H,W)"""
+    H, W = image.shape[-2:]
+    return F.interpolate(net(F.pad(image, (0, -W % 32, 0, -H % 32)))[0], scale_factor=4, mode="bilinear",
+                         align_corners=False)[..., :H, :W]
+
+
 @inference()
 def predict(net, image, fit, scales, mirror, device):
     """Class probabilities, mean over scales (and mirror images).   image (H,W,3) -> (K+1,H,W) float32"""
@@ -654,9 +663,9 @@ def predict(net, image, fit, scales, mirror, device):
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
     for scale in scales:
         scaled = resize_batch(x, [max(32, n) for n in fitted(size, fit, scale)])
-        total = total + resample(net(scaled)[0], size).softmax(1)
+        total = total + resample(whole_cells(net, scaled), size).softmax(1)
         if mirror:
-            total = total + resample(net(scaled.flip(-1))[0], size).softmax(1).flip(-1)
+            total = total + resample(whole_cells(net, scaled.flip(-1)), size).softmax(1).flip(-1)
     return (total[0] / (len(scales) * (1 + mirror))).cpu().numpy()
 
 
@@ -720,6 +729,14 @@ def main():
         return predict_folder(args)
     if not 0 <= args.scribble_length <= 1:
         raise UserError(f"--scribble-length {args.scribble_length}: give a share from 0 to 1")
+    if args.seg_crop % 32:
+        raise UserError(f"--seg-crop {args.seg_crop}: give a multiple of 32, whole cells of the deepest tap")
+    if min(args.fit) <= 0 < max(args.fit):
+        raise UserError(f"--fit {args.fit[0]} {args.fit[1]}: give two sides above 0, or 0 0 for no scaling")
+    if args.radius < 1 or min(args.sigma_xy, args.sigma_rgb, args.sigma_feature) <= 0:
+        raise UserError("--radius: give 1 or more; --sigma-xy, --sigma-rgb, --sigma-feature: above 0")
+    if args.supervision != "full" and args.dfr_loss and not kernel_parts(args):
+        raise UserError(f"--kernel {args.kernel} without --consistency-head leaves nothing to compare")
     label = "mask" if args.supervision == "full" else "scribble"
     train_set, val_set = load(args, "train", fields=(label,)), load(args, "val", fields=("mask",))
     make_dfr(args, args.weights, 1)                                            # wrong weights: say so now

@@ -34,8 +34,8 @@ Departures   [D1] second level of the displacement branch: 128 channels (authors
              [D11] "less than bottom 25 %": below 0.25 of the image's highest score (authors' code)
              [D12] unconnected parts of an instance count as several, those below 1 % of the image score 0 and
                   teach nothing (authors' code)
-             [D13] odd kernels centre feature cell i on pixel stride·i: so CAM, walk and boundaries are
-                  enlarged (the authors' bilinear is half a cell off); taps and logits by torch's bilinear
+             [D13] odd kernels centre feature cell i on pixel stride·i: so CAM, walk, boundaries and scores
+                  are enlarged (the authors' bilinear is half a cell off); taps by torch's bilinear
              [D14] Mask R-CNN is torchvision's with the paper's FPN over --backbone; pictures are squares of
                   one size; the number of steps, which the paper does not give, is a guess
              [D15] classifier: the first three levels do not learn (authors' code); without pretrained weights
@@ -67,10 +67,11 @@ from PIL import Image
 from scipy import ndimage
 
 from common import (
-    ASPP, CRF, DeepLab, Run, UserError, confusion_of, contact_sheet, dense_crf, detector_schedule,
-    inference, instance_aps, instance_overlay, label_probs, make_backbone, mask_rcnn, numbered, overlay,
-    parse_args, pictures_to_predict, poly, pretrained, rank, read_instances, read_predictor, reduce,
-    save_instances, save_label, save_npz, save_prediction, start_processes, weights_of, with_weights, world)
+    ASPP, CRF, DeepLab, Run, UserError, cells_to_pixels, confusion_of, contact_sheet, dense_crf,
+    detector_schedule, inference, instance_aps, instance_overlay, label_probs, make_backbone, mask_rcnn,
+    numbered, overlay, parse_args, pictures_to_predict, poly, pretrained, rank, read_instances,
+    read_predictor, reduce, save_instances, save_label, save_npz, save_prediction, start_processes,
+    weights_of, with_weights, world)
 from data import (
     Draws, Sample, crop, flip, load, normalise, objects_of, read_label, rescale, resize_batch,
     resize_long, with_labels)
@@ -355,34 +356,6 @@ def eq1_cam(scores):
     """Eq. (1): M_c(x) = φ_cᵀ f(x) / max_x φ_cᵀ f(x), negative scores cut.   (K,H,W) -> (K,H,W) in [0,1]"""
     scores = F.relu(scores)
     return scores / scores.amax((-2, -1), keepdim=True).clamp_min(1e-5)
-
-
-def lerp_matrix(pixels, nodes, stride, shape, device, scale=1.0):
-    """Bilinear weights that enlarge one axis. Feature cell i lies at pixel stride·i of the image the network
-    saw, which was `scale` times the original [D13]; beyond the first and last cell their values are repeated.
-
-    pixels, nodes: the image's own; shape: (rows, columns) of the padded matrix, at least these -> float32
-    """
-    index = torch.arange(pixels, device=device)
-    place = (((index + 0.5) * scale - 0.5) / stride).clamp(0, nodes - 1)
-    low = place.floor().long()
-    matrix = torch.zeros(shape, device=device)
-    matrix[index, low] = 1 - (place - low)
-    matrix[index, (low + 1).clamp_max(nodes - 1)] += place - low
-    return matrix
-
-
-def enlarge(x, rows, columns):
-    """Node maps to pixel maps by two products.   x (B,C,h,w), rows (B,H,h), columns (B,W,w) -> (B,C,H,W)"""
-    x = (x.flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, x.shape[1:3])
-    return rows[:, None] @ x
-
-
-def cells_to_pixels(x, stride, size, seen=None):
-    """Feature maps (B,C,h,w) of an image seen at size `seen` -> (B,C,*size), its own size.   [D13]"""
-    rows, columns = (lerp_matrix(n, cells, stride, (n, cells), x.device, scaled / n)
-                     for n, cells, scaled in zip(size, x.shape[-2:], seen or size))
-    return enlarge(x, rows[None], columns[None])
 
 
 @inference()
@@ -823,7 +796,7 @@ def train_segmenter(args, run, train_set):
     run.reseed("segmenter")
     net = make_segmenter(args.backbone, args.weights, args.seg_stride, args.seg_rates,
                          len(train_set.classes))
-    ddp = run.place(net).train()
+    ddp, stride = run.place(net).train(), net.backbone.strides[-1]
     new_layers = [net.head] if pretrained(args.backbone, args.weights) else []
     optim = torch.optim.SGD(group_rates(net, new_layers, args.seg_lr, args.seg_weight_decay),
                             lr=args.seg_lr, momentum=0.9)
@@ -834,7 +807,7 @@ def train_segmenter(args, run, train_set):
         label = batch.mask if full else batch.pseudo
         with run.autocast():
             logits = ddp(batch.image)
-        logits = resample(logits.float(), label.shape[-2:])
+        logits = cells_to_pixels(logits.float(), stride, label.shape[-2:])                      # [D13]
         loss = masked_mean(F.cross_entropy(logits, label, ignore_index=255, reduction="none"), label != 255)
         optim.zero_grad()
         loss.backward()
@@ -928,12 +901,14 @@ def train_detector(args, run, train_set):
 def predict(net, image, scales, device):
     """Class probabilities, mean over scales and mirror images.   image (H,W,3) uint8 -> (K+1,H,W) float32"""
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
-    total = 0
+    stride, size, total = net.backbone.strides[-1], image.shape[:2], 0
     for scale in scales:
-        scaled = resize_batch(x, [max(32, round(n * scale)) for n in image.shape[:2]])
-        logits = resample(net(torch.cat([scaled, scaled.flip(-1)])).float(), image.shape[:2])
-        total = total + logits[:1].softmax(1) + logits[1:].flip(-1).softmax(1)
-    return (total[0] / (2 * len(scales))).cpu().numpy()
+        seen = [max(32, round(n * scale)) for n in size]
+        scaled = resize_batch(x, seen)
+        logits = net(torch.cat([scaled, scaled.flip(-1)])).float()
+        prob = cells_to_pixels(logits, stride, size, seen).softmax(1)
+        total = total + prob[0] + prob[1].flip(-1)
+    return (total / (2 * len(scales))).cpu().numpy()
 
 
 def write_predictions(args, run, net, val_set):

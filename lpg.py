@@ -54,14 +54,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from torchvision.models import resnet
 
 from common import (
-    ASPP, CRF, DeepLab, LargeFOVVGG, Run, UserError, confusion_of, contact_sheet, dense_crf, distribute,
-    imagenet_weights, inference, load_exactly, make_backbone, overlay, parse_args, pictures_to_predict,
-    plain_fields, poly, pretrained, rank, read_predictor, read_state, reduce, save_checkpoint, save_label,
-    save_npz, save_prediction, start_processes, with_weights, world)
+    ASPP, CRF, DeepLab, LargeFOVVGG, Run, UserError, cells_to_pixels, confusion_of, contact_sheet,
+    dense_crf, distribute, imagenet_weights, inference, load_exactly, make_backbone, overlay, parse_args,
+    pictures_to_predict, plain_fields, poly, pretrained, rank, read_predictor, read_state, reduce,
+    save_checkpoint, save_label, save_npz, save_prediction, start_processes, with_weights, world)
 from data import (
     Draws, Sample, changed, chosen_classes, coco_name, crop, flip, join, load, normalise, read_label,
     rescale, select, voc_root, with_labels)
@@ -315,7 +314,7 @@ def eq5_6_generator_loss(logits, y_p):
 
     logits (B,2,h,w); y_p (B,H,W): 1 = the class, 0 = not, 255 = no label   [D2]
     """
-    return eq2_4_cross_entropy(logits, y_p)
+    return eq2_4_cross_entropy(resample(logits.float(), y_p.shape[-2:]), y_p)
 
 
 def eq7_fuse(p, y_b, classes, rule="rate"):
@@ -367,9 +366,8 @@ def masked_mean(value, mask):
 def eq2_4_cross_entropy(logits, label):
     """Eqs. (2), (4): L(ŷ^p, f(x;θ)), mean over the pixels with a label.   [D2]
 
-    logits (B,C,h,w), label (B,H,W), 255 = none
+    logits (B,C,H,W), label (B,H,W), 255 = none
     """
-    logits = resample(logits.float(), label.shape[-2:])
     return masked_mean(F.cross_entropy(logits, label, ignore_index=255, reduction="none"), label != 255)
 
 
@@ -463,7 +461,8 @@ def grabcut_label(image, boxes, steps):
 
 def predict(net, image, device):
     """Class probabilities.   (H,W,3) uint8 -> (K+1,H,W) float32"""
-    return resample(class_scores(net, image, device), image.shape[:2]).softmax(1)[0].cpu().numpy()
+    scores, stride = class_scores(net, image, device), net.backbone.strides[-1]
+    return cells_to_pixels(scores, stride, image.shape[:2]).softmax(1)[0].cpu().numpy()
 
 
 @inference()
@@ -482,9 +481,9 @@ def pseudo_masks(g, net, sample, rule, scale, device, blind=False):
     x = normalise(Sample(image=small.image)).image.to(device).expand(len(classes), -1, -1, -1)
     f, alone = torch.zeros(len(classes), *size, device=device), filled_boxes(sample.boxes, H, W)
     if net is not None:
-        prob = class_scores(net, sample.image, device).softmax(1)
-        alone = eq1_latent_segmentation(resample(prob, (H, W))[0], y_b, classes)
-        f = resample(prob[:, classes], size)[0] * (not blind)
+        prob, stride = class_scores(net, sample.image, device).softmax(1), net.backbone.strides[-1]
+        alone = eq1_latent_segmentation(cells_to_pixels(prob, stride, (H, W))[0], y_b, classes)
+        f = cells_to_pixels(prob[:, classes], stride, size, (H, W))[0] * (not blind)
     boxes = torch.from_numpy(box_maps(small.boxes, *size)[1]).to(device)
     below, right = (-n % g.multiple for n in size)              # padding: the mean colour, outside all boxes
     logits = eq3_generate(g, *(F.pad(t, (0, right, 0, below)) for t in (x, boxes, f)))
@@ -530,6 +529,7 @@ def train_segmenter(args, run, stage, dataset, folder, number, net=None):
         label = batch.pseudo if folder else batch.mask
         with run.autocast():
             logits = ddp(batch.image)
+        logits = cells_to_pixels(logits.float(), net.backbone.strides[-1], label.shape[-2:])
         loss = eq2_4_cross_entropy(logits, label)
         optim.zero_grad()
         loss.backward()
@@ -548,15 +548,16 @@ def write_probs(run, folder, dataset, net):
             with run.autocast():                                # as in write_pseudo_masks
                 scores = class_scores(net, sample.image, run.device)
             prob = scores.float().softmax(1)[0, classes]
-            save_npz(run.path(folder, name, ".npz"), classes=classes, prob=prob.half().cpu().numpy())
+            save_npz(run.path(folder, name, ".npz"), classes=classes, prob=prob.half().cpu().numpy(),
+                     stride=net.backbone.strides[-1])
 
 
 def read_prob(path, c, size):
     """Class c's probability at `size` as a label map: (H,W) uint8, 254 = 1"""
     with np.load(path) as file:
-        prob = file["prob"][file["classes"] == c][0].astype(np.float32)
-    prob = np.asarray(Image.fromarray(prob).resize(size[::-1], Image.Resampling.BILINEAR))
-    return np.round(254 * prob.clip(0, 1)).astype(np.uint8)
+        prob = torch.from_numpy(file["prob"][file["classes"] == c][None]).float()
+        prob = cells_to_pixels(prob, int(file["stride"]), size)[0, 0]
+    return (254 * prob).round().clamp(0, 254).byte().numpy()
 
 
 def generator_augment(args, folder):

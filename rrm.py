@@ -46,8 +46,7 @@ Departures   [D1] backbone: ResNet-50; the paper's ResNet-38 has weights only fo
                   its batch norm (the authors' is frozen from the start)
              [D12] Eq. 2.26: N are the numbers of items of each sum (authors' code: cells averaged within a
                   class first, centres x0.5); an image without predicted background has no centre
-             [D13] odd kernels centre feature cell i on pixel stride·i: the CAM is enlarged so; scores by
-                  torch's bilinear
+             [D13] odd kernels centre feature cell i on pixel stride·i: so CAM and scores are enlarged
              [D14] --supervision full: L_class and the plain mean cross-entropy on ground truth, no more; in
                   presets at a rate of its own
              [D15] pseudo masks of the two-step extension: only classes of the image's tags (paper silent)
@@ -67,9 +66,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (
-    ASPP, CRF, DeepLab, Run, UserError, confusion_of, contact_sheet, dense_crf, dense_energy, inference,
-    make_backbone, overlay, parse_args, pictures_to_predict, poly, pretrained, rank, read_predictor, reduce,
-    save_label, save_npz, save_prediction, start_processes, weights_of, with_weights, world)
+    ASPP, CRF, DeepLab, Run, UserError, cells_to_pixels, confusion_of, contact_sheet, dense_crf,
+    dense_energy, inference, make_backbone, overlay, parse_args, pictures_to_predict, poly, pretrained,
+    rank, read_predictor, reduce, save_label, save_npz, save_prediction, start_processes, weights_of,
+    with_weights, world)
 from data import (
     MEAN, STD, Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_label, rescale,
     resize_batch, resize_long, with_labels)
@@ -279,34 +279,6 @@ def resample(x, size):
     """Bilinear (B,C,h,w) -> (B,C,*size)."""
     size = tuple(size)
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
-
-
-def lerp_matrix(pixels, nodes, stride, shape, device, scale=1.0):
-    """Bilinear weights that enlarge one axis. Feature cell i lies at pixel stride·i of the image the network
-    saw, which was `scale` times the original [D13]; beyond the first and last cell their values are repeated.
-
-    pixels, nodes: the image's own; shape: (rows, columns) of the padded matrix, at least these -> float32
-    """
-    index = torch.arange(pixels, device=device)
-    place = (((index + 0.5) * scale - 0.5) / stride).clamp(0, nodes - 1)
-    low = place.floor().long()
-    matrix = torch.zeros(shape, device=device)
-    matrix[index, low] = 1 - (place - low)
-    matrix[index, (low + 1).clamp_max(nodes - 1)] += place - low
-    return matrix
-
-
-def enlarge(x, rows, columns):
-    """Node maps to pixel maps by two products.   x (B,C,h,w), rows (B,H,h), columns (B,W,w) -> (B,C,H,W)"""
-    x = (x.flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, x.shape[1:3])
-    return rows[:, None] @ x
-
-
-def cells_to_pixels(x, stride, size, seen=None):
-    """Feature maps (B,C,h,w) of an image seen at size `seen` -> (B,C,*size), its own size.   [D13]"""
-    rows, columns = (lerp_matrix(n, cells, stride, (n, cells), x.device, scaled / n)
-                     for n, cells, scaled in zip(size, x.shape[-2:], seen or size))
-    return enlarge(x, rows[None], columns[None])
 
 
 class ClassificationBranch(nn.Module):
@@ -575,13 +547,14 @@ def eq2_21_soft_filter(P_net, labelled):
     return torch.where(labelled, 1 - P_net.detach().amax(1), 1.0)
 
 
-def eq2_17_20_dense_energy(scores, label, rgb, valid, sigma_d, sigma_r, pairs, scale):
+def eq2_17_20_dense_energy(scores, stride, label, rgb, valid, sigma_d, sigma_r, pairs, scale):
     """Eqs. (2.17)–(2.20): Σ_ij S(i) G(i,j) Σ_c P^c(i) (1 − P^c(j)), 1/W = pairs/N², mean over images.   [D8]
 
-    scores (B,C,h,w); label, valid (B,H,W) and rgb (B,3,H,W) of the crop; sigma_d in pixels of the crop
+    scores (B,C,h,w), a cell each `stride` pixels; label, valid (B,H,W) and rgb (B,3,H,W) of the crop;
+    sigma_d in pixels of the crop
     """
     size = [max(1, round(n * scale)) for n in rgb.shape[-2:]]
-    P_net = resample(scores, size).softmax(1)
+    P_net = cells_to_pixels(scores, stride, size, rgb.shape[-2:]).softmax(1)
     state = torch.stack([label != 255, valid], dim=1).float()
     labelled, inside = F.interpolate(state, size, mode="nearest").bool().unbind(1)
     energy = dense_energy(resample(rgb, size), P_net, sigma_r, sigma_d * scale, inside,
@@ -689,14 +662,14 @@ def train_classifier(args, run, train_set):
 
 def joint_losses(args, scores, F_m, label, rgb, valid, classes):
     """L_ce, L_energy, L_BCD of the segmentation branch; those switched off are 0."""
-    large, zero = resample(scores, label.shape[-2:]), scores.new_zeros(())
+    large, zero = cells_to_pixels(scores, args.stride, label.shape[-2:]), scores.new_zeros(())  # [D13]
     if args.supervision == "full":                                                      # [D14]
         nll = F.cross_entropy(large, label, ignore_index=255, reduction="none")
         return masked_mean(nll, label != 255), zero, zero
     loss_energy = loss_bcd = zero
     if args.energy_loss:
-        loss_energy = eq2_17_20_dense_energy(scores, label, rgb, valid, args.energy_xy, args.energy_rgb,
-                                             args.energy_pairs, args.energy_scale)
+        loss_energy = eq2_17_20_dense_energy(scores, args.stride, label, rgb, valid, args.energy_xy,
+                                             args.energy_rgb, args.energy_pairs, args.energy_scale)
     if args.bcd_loss:
         loss_bcd = eq2_26_bcd(F_m, eq2_23_mask(scores, valid), classes)
     return eq2_16_cross_entropy(large, label), loss_energy, loss_bcd
@@ -757,7 +730,7 @@ def train_segmenter(args, run, train_set):
     run.reseed("segmenter")
     net = make_segmenter(args.seg_backbone, args.weights, args.seg_stride, args.seg_rates,
                          len(train_set.classes))
-    ddp = run.place(net).train()
+    ddp, stride = run.place(net).train(), net.backbone.strides[-1]
     new_layers = [net.head] if pretrained(args.seg_backbone, args.weights) else []
     optim = torch.optim.SGD(group_rates(net, new_layers, args.seg_lr, args.weight_decay),
                             lr=args.seg_lr, momentum=0.9)
@@ -768,7 +741,7 @@ def train_segmenter(args, run, train_set):
         label = batch.mask if full else batch.pseudo
         with run.autocast():
             logits = ddp(batch.image)
-        logits = resample(logits.float(), label.shape[-2:])
+        logits = cells_to_pixels(logits.float(), stride, label.shape[-2:])                      # [D13]
         loss = masked_mean(F.cross_entropy(logits, label, ignore_index=255, reduction="none"), label != 255)
         optim.zero_grad()
         loss.backward()
@@ -779,17 +752,20 @@ def train_segmenter(args, run, train_set):
 
 # ── Evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
 @inference()
-def predict(score, image, scales, mirror, device):
+def predict(score, stride, image, scales, mirror, device):
     """Class probabilities, mean over scales (and mirror images).
 
-    score: function (1,3,H,W) -> scores (1,K+1,h,w); image (H,W,3) uint8 -> (K+1,H,W) float32
+    score: function (1,3,H,W) -> scores (1,K+1,h,w), a cell each `stride` pixels; image (H,W,3) uint8
+    -> (K+1,H,W) float32
     """
-    x, total = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last), 0
+    x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
+    size, total = image.shape[:2], 0
     for scale in scales:
-        scaled = resize_batch(x, [max(32, round(n * scale)) for n in image.shape[:2]])
-        total = total + resample(score(scaled).float(), image.shape[:2]).softmax(1)
+        seen = [max(32, round(n * scale)) for n in size]
+        scaled = resize_batch(x, seen)
+        total = total + cells_to_pixels(score(scaled).float(), stride, size, seen).softmax(1)
         if mirror:
-            turned = resample(score(scaled.flip(-1)).float(), image.shape[:2])
+            turned = cells_to_pixels(score(scaled.flip(-1)).float(), stride, size, seen)
             total = total + turned.flip(-1).softmax(1)
     return (total[0] / (len(scales) * (1 + mirror))).cpu().numpy()
 
@@ -799,7 +775,7 @@ def one_step(net):
     return lambda image: net.segment(image)[0]
 
 
-def write_masks(args, run, dataset, folders, score, scales, mirror, crf, by_tags=False):
+def write_masks(args, run, dataset, folders, score, stride, scales, mirror, crf, by_tags=False):
     """Predictions without and with CRF.   Writes *.png in the two folders.
 
     by_tags [D15]: classes that the image does not have, by its tags, get probability 0
@@ -808,7 +784,7 @@ def write_masks(args, run, dataset, folders, score, scales, mirror, crf, by_tags
     with run.timed(plain):
         for names in run.todo(dataset.names, sharp, chunk=16, stage=sharp, beside=(plain,)):
             samples = [dataset[dataset.index(name)] for name in names]
-            probs = [predict(score, s.image, scales, mirror, run.device) for s in samples]
+            probs = [predict(score, stride, s.image, scales, mirror, run.device) for s in samples]
             if by_tags:
                 probs = [prob * np.r_[True, s.tags][:, None, None] for s, prob in zip(samples, probs)]
                 probs = [prob / prob.sum(0, keepdims=True) for prob in probs]
@@ -914,14 +890,14 @@ def predict_folder(args):
     device, made = start_processes(args.device), Args(**state["args"])
     if last == joint:
         net, scales, mirror = make_rrm(made, "none", len(state["model"][last])), made.test_scales, False
-        crf, score = CRF(*made.post_crf), one_step(net)
+        crf, score, stride = CRF(*made.post_crf), one_step(net), made.stride
     else:
         score = net = make_segmenter(made.seg_backbone, "none", made.seg_stride, made.seg_rates,
                                      len(state["model"][last]) - 1)
-        scales, mirror, crf = made.seg_scales, True, CRF(*made.seg_crf)
+        scales, mirror, crf, stride = made.seg_scales, True, CRF(*made.seg_crf), made.seg_stride
     with_weights(net, state, device)
     for image, path in pictures_to_predict(args):
-        prob = predict(score, image, scales, mirror, device)
+        prob = predict(score, stride, image, scales, mirror, device)
         label = dense_crf([image], [prob], crf, args.crf, device=device)[0].argmax(0)
         save_prediction(path, image, label)
 
@@ -947,14 +923,14 @@ def main():
     net = train_joint(args, run, classifier, train_set)                            # Algorithm 1
     if weak:
         write_mined(args, run, net, train_set)
-    options = one_step(net), args.test_scales, False, args.post_crf
+    options = one_step(net), args.stride, args.test_scales, False, args.post_crf
     write_masks(args, run, val_set, ("val", "val_crf"), *options)
     if args.two_step:                                                              # §2.3.3
         if weak:
             write_masks(args, run, train_set, ("pseudo_raw", "pseudo"), *options, args.pseudo_tags)
         segmenter = train_segmenter(args, run, train_set)
-        write_masks(args, run, val_set, ("val_two_step", "val_two_step_crf"), segmenter, args.seg_scales,
-                    True, args.seg_crf)
+        write_masks(args, run, val_set, ("val_two_step", "val_two_step_crf"), segmenter, args.seg_stride,
+                    args.seg_scales, True, args.seg_crf)
     for split, last in (("train", "pseudo" if args.two_step else "seed"),
                         ("val", "val_two_step_crf" if args.two_step else "val_crf")):
         if not run.has(last) and (weak or split == "val"):

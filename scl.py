@@ -76,8 +76,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (
-    DeepLab, Run, UserError, barrier, contact_sheet, inference, make_backbone, overlay, parse_args,
-    pictures_to_predict, poly, pretrained, rank, read_json, read_predictor, reduce, save_npz,
+    DeepLab, Run, UserError, barrier, cells_to_pixels, contact_sheet, inference, make_backbone, overlay,
+    parse_args, pictures_to_predict, poly, pretrained, rank, read_json, read_predictor, reduce, save_npz,
     save_prediction, start_processes, with_weights, world, write_json)
 from data import (
     MEAN, DataError, Draws, Sample, changed, class_areas, class_folds, class_mask, crop, flip, load,
@@ -296,12 +296,6 @@ def on_grid(x, size):
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
-def cells_at_pixels(x, stride, size):
-    """Maps (B,C,h,w) of an image of this size -> (B,C,*size); cell i is pixel stride·i.   [D5]"""
-    x = on_grid(x, [stride * (n - 1) + 1 for n in x.shape[-2:]])
-    return F.pad(x, (0, size[1] - x.shape[3], 0, size[0] - x.shape[2]), mode="replicate")
-
-
 def conv3(inputs, outputs, dilation=1):
     return nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation)
 
@@ -497,7 +491,7 @@ def eq5_7_10_13_cross_entropy(scores, mask, stride):
 
     scores (B,2,h,w), mask (B,H,W) {0, 1, 255}
     """
-    scores = cells_at_pixels(scores, stride, mask.shape[1:])
+    scores = cells_to_pixels(scores, stride, mask.shape[1:])
     return masked_mean(F.cross_entropy(scores, mask, ignore_index=255, reduction="none"), mask != 255)
 
 
@@ -541,7 +535,7 @@ def eq5_15_cross_predictions(net, supports, module="query"):
             scores = net.eq5_12_query_scores(supports.F_q, V, prior)[0]
         else:
             scores = net.eq5_3_9_support_scores(supports.F_s, V)[0]
-        rows.append(cells_at_pixels(scores, net.stride, size).argmax(1) == 1)
+        rows.append(cells_to_pixels(scores, net.stride, size).argmax(1) == 1)
     return torch.stack(rows)
 
 
@@ -776,7 +770,7 @@ def train_segmenter(args, run, train_set, pool, backbone):
         optim.zero_grad()
         loss.backward()
         optim.step()
-        predicted = eq5_4_predicted_mask(cells_at_pixels(scores["q"][0], net.stride, M_q.shape[1:]))
+        predicted = eq5_4_predicted_mask(cells_to_pixels(scores["q"][0], net.stride, M_q.shape[1:]))
         run.log(step, loss=loss, **{f"loss_{key}": value for key, value in L.items()},
                 iou=iou(predicted, M_q == 1, M_q != 255).mean())
     return net.eval()
@@ -832,7 +826,7 @@ def query_scores(net, views, supports, size):
     for F_q, high, seen, (h, w) in views:
         prior = None if net.single else prior_mask(high.expand(K, -1, -1, -1), supports.object)
         scores = net.eq5_12_query_scores(F_q.expand(K, -1, -1, -1), supports.V, prior)[0]
-        total = total + resample(cells_at_pixels(scores, net.stride, seen)[..., :h, :w], size)
+        total = total + resample(cells_to_pixels(scores, net.stride, seen)[..., :h, :w], size)
     return total / len(views)
 
 

@@ -47,8 +47,7 @@ Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (
                   ends them are not stated; a round goes on from the weights of the one before. After the last
                   one no labels are made, as nothing would learn from them
              [D12] --no-refine: the next round learns from plain predictions ("simply iteration", §3.4)
-             [D13] odd kernels centre feature cell i on pixel stride·i: the CAM is enlarged so; scores by
-                  torch's bilinear
+             [D13] odd kernels centre feature cell i on pixel stride·i: so CAM and scores are enlarged
              [D14] --supervision full: real masks with α = 1 instead of pseudo labels, beside the rendered
                   pictures; one round with the steps of all
              [D15] street scenes: the 19 classes have no background; class 0 is neither taught nor predicted
@@ -70,9 +69,10 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from common import (
-    CRF, DeepLab, PSPNet, Run, UserError, confusion_of, contact_sheet, dense_crf, inference, label_probs,
-    make_backbone, overlay, parse_args, pictures_to_predict, poly, pretrained, rank, read_predictor, reduce,
-    save_label, save_npz, save_prediction, shard, start_processes, weights_of, with_weights, world)
+    CRF, DeepLab, PSPNet, Run, UserError, cells_to_pixels, confusion_of, contact_sheet, dense_crf,
+    inference, label_probs, make_backbone, overlay, parse_args, pictures_to_predict, poly, pretrained,
+    rank, read_predictor, reduce, save_label, save_npz, save_prediction, shard, start_processes,
+    weights_of, with_weights, world)
 from data import (
     DataError, Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_label, rescale,
     resize_batch, resize_long, subset, with_labels)
@@ -320,9 +320,8 @@ def masked_mean(value, mask):
 def eq1_spatial_loss(logits, label, alpha):
     """Eq. (1): −Σ_t Σ_n α_tn log f_y(w, I_t), y the label of pixel n; mean over the pixels with one.   [D6]
 
-    logits (B,C,h,w), label (B,H,W) with 255 = none, alpha (B,H,W)
+    logits (B,C,H,W), label (B,H,W) with 255 = none, alpha (B,H,W)
     """
-    logits = resample(logits.float(), label.shape[-2:])
     minus_log_f = F.cross_entropy(logits, label, ignore_index=255, reduction="none")
     return masked_mean(alpha * minus_log_f, label != 255)
 
@@ -363,34 +362,6 @@ def target_weight(label, form="literal"):
 
 
 # ── Initial masks (§3.1): arrays in, arrays out ─────────────────────────────────────────────────────────────
-def lerp_matrix(pixels, nodes, stride, shape, device, scale=1.0):
-    """Bilinear weights that enlarge one axis. Feature cell i lies at pixel stride·i of the image the network
-    saw, which was `scale` times the original [D13]; beyond the first and last cell their values are repeated.
-
-    pixels, nodes: the image's own; shape: (rows, columns) of the padded matrix, at least these -> float32
-    """
-    index = torch.arange(pixels, device=device)
-    place = (((index + 0.5) * scale - 0.5) / stride).clamp(0, nodes - 1)
-    low = place.floor().long()
-    matrix = torch.zeros(shape, device=device)
-    matrix[index, low] = 1 - (place - low)
-    matrix[index, (low + 1).clamp_max(nodes - 1)] += place - low
-    return matrix
-
-
-def enlarge(x, rows, columns):
-    """Node maps to pixel maps by two products.   x (B,C,h,w), rows (B,H,h), columns (B,W,w) -> (B,C,H,W)"""
-    x = (x.flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, x.shape[1:3])
-    return rows[:, None] @ x
-
-
-def cells_to_pixels(x, stride, size, seen=None):
-    """Feature maps (B,C,h,w) of an image seen at size `seen` -> (B,C,*size), its own size.   [D13]"""
-    rows, columns = (lerp_matrix(n, cells, stride, (n, cells), x.device, scaled / n)
-                     for n, cells, scaled in zip(size, x.shape[-2:], seen or size))
-    return enlarge(x, rows[None], columns[None])
-
-
 @inference()
 def cam_of_tags(net, image, tags, scales, stride, device):
     """CAM summed over scales and mirror images, each map from 0, its least value, to 1, its greatest.
@@ -589,7 +560,7 @@ def train_encoder(args, run, classes):
     for step, batch in run.steps("encoder", draws, args.enc_steps, args.enc_batch, net, optim, schedule):
         with run.autocast():
             scores = ddp(batch.image)
-        scores = resample(scores.float(), batch.mask.shape[-2:])
+        scores = cells_to_pixels(scores.float(), args.cam_stride, batch.mask.shape[-2:])        # [D13]
         value = F.cross_entropy(scores, batch.mask, ignore_index=255, reduction="none")
         inside = (batch.mask > 0) & (batch.mask != 255)
         loss = masked_mean(value, inside) + masked_mean(value, batch.mask == 0)
@@ -701,13 +672,14 @@ def train_round(args, run, stage, steps, number, real, rendered, encoder, net=No
              torch.optim.SGD(net.parameters(), momentum=args.momentum, **values))
     draws = Joint(*(Draws(dataset, augment, 1000 * args.seed + 10 * number + i)
                     for i, (dataset, augment) in enumerate(sets)))
-    schedule, n = poly(steps, args.power), len(sets)                                    # [D1]
+    schedule, n, strides = poly(steps, args.power), len(sets), net.backbone.strides[:-3:-1]     # [D1]
     for step, batch in run.steps(stage, draws, steps, args.seg_batch, net, optim, schedule):
         label, alpha = batch.pseudo, torch.stack(batch.weight)
         with run.autocast():
-            logits, auxiliary = ddp(batch.image)
-        loss = eq2_joint_loss(logits, label, alpha, n)
-        total = loss + args.seg_auxiliary * eq2_joint_loss(auxiliary, label, alpha, n)  # [D17]
+            logits = ddp(batch.image)                           # main and auxiliary
+        large = [cells_to_pixels(part.float(), s, label.shape[-2:]) for part, s in zip(logits, strides)]
+        loss, auxiliary = (eq2_joint_loss(part, label, alpha, n) for part in large)             # [D13]
+        total = loss + args.seg_auxiliary * auxiliary                                   # [D17]
         optim.zero_grad()
         total.backward()
         optim.step()
@@ -721,12 +693,14 @@ def train_round(args, run, stage, steps, number, real, rendered, encoder, net=No
 def predict(net, image, scales, device):
     """Class probabilities, mean over scales and mirror images.   image (H,W,3) uint8 -> (K+1,H,W) float32"""
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
-    total = 0
+    stride, size, total = net.backbone.strides[-1], image.shape[:2], 0
     for scale in scales:
-        scaled = resize_batch(x, [max(32, round(n * scale)) for n in image.shape[:2]])
-        logits = resample(net(torch.cat([scaled, scaled.flip(-1)])).float(), image.shape[:2])
-        total = total + logits[:1].softmax(1) + logits[1:].flip(-1).softmax(1)
-    return (total[0] / (2 * len(scales))).cpu().numpy()
+        seen = [max(32, round(n * scale)) for n in size]
+        scaled = resize_batch(x, seen)
+        logits = net(torch.cat([scaled, scaled.flip(-1)])).float()
+        prob = cells_to_pixels(logits, stride, size, seen).softmax(1)
+        total = total + prob[0] + prob[1].flip(-1)
+    return (total / (2 * len(scales))).cpu().numpy()
 
 
 def of_tags(args, P, tags):

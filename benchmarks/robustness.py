@@ -43,7 +43,7 @@ TINY = {
     "rrm": f"""{SCENES} --preset shapes --cam-steps 4 --cam-batch 2 --cam-crop 48 --cam-resize 48 64
         --cam-scales 0.5 1 --joint-steps 6 --joint-batch 2 --joint-crop 48 --local-width 8
         --attention-width 8 --seg-steps 4 --seg-batch 2 --seg-crop 48 --seg-scales 1 --two-step""",
-    "dfr": f"""{SCENES} --preset shapes --width 8 --feature-dim 8 --seg-steps 6 --seg-batch 2 --seg-crop 48
+    "dfr": f"""{SCENES} --preset shapes --width 8 --feature-dim 8 --seg-steps 6 --seg-batch 2 --seg-crop 64
         --test-scales 0.5 1""",
     "scl": """--data voc --root {work}/voc --preset shapes --train-list train --fold 1 --width 8
         --seg-crop 33 --enc-steps 4 --seg-steps 4 --seg-batch 2 --enc-batch 2 --episodes 3 --shots 1 2

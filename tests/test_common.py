@@ -1,6 +1,7 @@
 """common.py against authorities: hand counts, pydensecrf, torchvision, files written here, itself."""
 
 import dataclasses
+import importlib
 import itertools
 import json
 import random
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import nn
 
 import common
+import data
 from common import CRF, ConfusionMatrix, Run, UserError, dense_crf, make_backbone, parse_args
 from conftest import sh
 
@@ -801,3 +803,29 @@ def test_numbers_that_no_run_can_have(field, default, good, bad):
     common.check_numbers(Made())
     common.check_numbers(Made(good))
     with pytest.raises(UserError, match="--" + field.replace("_", "-")): common.check_numbers(Made(bad))
+
+
+# ── Scores lie where their cells are ────────────────────────────────────────────────────────────────────────
+class EveryFourth(nn.Module):
+    """Cell i is pixel 4·i: scores (0, red − 50.5), as of a network that sees single pixels."""
+
+    def __init__(self, head=None):
+        super().__init__()
+        self.backbone, self.stride, self.head = types.SimpleNamespace(strides=[4]), 4, head
+
+    def forward(self, image):
+        red = (image[:, :1, ::4, ::4] * data.STD[0] + data.MEAN[0]) * 255
+        scores = torch.cat([torch.zeros_like(red), red - 50.5], dim=1)
+        return {self.head: scores} if self.head else scores
+
+
+@pytest.mark.parametrize("size", [(96, 128), (97, 113), (98, 101), (99, 103)])
+@pytest.mark.parametrize("method", ["a2gnn", "irnet", "selftrain_workpiece", "rrm", "cian", "lpg"])
+def test_predictions_are_not_shifted_whatever_the_size(method, size):
+    module, device, scales = importlib.import_module(method), torch.device("cpu"), (0.75, 1.0)
+    image = np.zeros((*size, 3), np.uint8)
+    image[..., 0] = np.arange(size[1])
+    options = {"rrm": (EveryFourth(), 4, image, scales, True), "lpg": (EveryFourth(), image),
+               "cian": (EveryFourth("self"), image, scales)}.get(method, (EveryFourth(), image, scales))
+    prob = module.predict(*options, device)
+    assert (prob.argmax(0) == (np.arange(size[1]) > 50)).all()

@@ -639,7 +639,7 @@ def test_the_head_outlives_a_time_without_confident_pairs():
 # ---------------------------------------------------------------- runs
 
 TINY = """dfr.py --preset shapes --workers 0 --device cpu --width 8 --feature-dim 8 --seg-steps 6
-    --seg-batch 2 --seg-crop 48 --test-scales 0.5 1 --save-every 2 --log-every 1""".split()
+    --seg-batch 2 --seg-crop 64 --test-scales 0.5 1 --save-every 2 --log-every 1""".split()
 
 
 @pytest.fixture(scope="module")

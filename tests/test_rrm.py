@@ -338,7 +338,7 @@ def test_eq2_17_to_2_21_by_a_double_loop(monkeypatch):
     label = torch.from_numpy(np.random.default_rng(1).choice([0, 2, 255], (2, 6, 6)))
     valid = torch.ones(2, 6, 6, dtype=torch.bool)
     valid[1, 4:] = False
-    loss = rrm.eq2_17_20_dense_energy(scores, label, rgb, valid, 5.0, 20.0, 67.0, 1.0)
+    loss = rrm.eq2_17_20_dense_energy(scores, 1, label, rgb, valid, 5.0, 20.0, 67.0, 1.0)
     P, total = scores.softmax(1).double(), 0
     for b in range(2):
         cells = [cell for cell in np.ndindex(6, 6) if valid[b][cell]]
@@ -366,7 +366,7 @@ def test_the_energys_gradient_is_that_of_a_constant_filter():
     scores = torch.randn(1, 3, 6, 6, requires_grad=True)
     label, valid = torch.zeros(1, 24, 24, dtype=torch.long), torch.ones(1, 24, 24, dtype=torch.bool)
     rgb = 255 * torch.rand(1, 3, 24, 24)
-    rrm.eq2_17_20_dense_energy(scores, label, rgb, valid, 10.0, 30.0, 67.0, 0.5).backward()
+    rrm.eq2_17_20_dense_energy(scores, 4, label, rgb, valid, 10.0, 30.0, 67.0, 0.5).backward()
     assert torch.isfinite(scores.grad).all() and scores.grad.abs().sum() > 0
     P = scores.softmax(1)
     assert not rrm.eq2_21_soft_filter(P, label[:, :6, :6] == 0).requires_grad
@@ -486,7 +486,8 @@ def train_a_little(args, steps=14, n=4):
         loss.backward()
         optim.step()
         history.append([v.item() for v in losses])
-    full = rrm.eq2_17_20_dense_energy(scores, label, rgb, valid, args.energy_xy, args.energy_rgb, 67.0, 0.5)
+    full = rrm.eq2_17_20_dense_energy(scores, args.stride, label, rgb, valid, args.energy_xy, args.energy_rgb,
+                                      67.0, 0.5)
     return np.array(history), full.item()
 
 

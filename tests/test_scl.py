@@ -96,7 +96,7 @@ def test_cells_are_pixels_and_a_thin_object_is_not_lost():
 def test_scores_return_to_the_pixels_of_their_cells():
     for size in ((33, 41), (35, 38)):
         cells = torch.randn(1, 2, *(-(-n // 4) for n in size))
-        pixels = scl.cells_at_pixels(cells, 4, size)
+        pixels = scl.cells_to_pixels(cells, 4, size)
         assert pixels.shape[2:] == size and close(pixels[..., ::4, ::4], cells, 1e-4)
         assert close(pixels[0, 0, 0, 2], (cells[0, 0, 0, 0] + cells[0, 0, 0, 1]) / 2, 1e-4)
 
@@ -119,7 +119,7 @@ def test_prior_mask_by_a_double_loop():
 def test_cross_entropy_leaves_out_255():
     scores, mask = torch.randn(1, 2, 3, 3), torch.randint(0, 2, (1, 9, 9))
     mask[0, 0] = 255
-    pixels = scl.cells_at_pixels(scores, 4, (9, 9)).softmax(1)
+    pixels = scl.cells_to_pixels(scores, 4, (9, 9)).softmax(1)
     slow = [-pixels[0, mask[0, y, x], y, x].log() for y in range(1, 9) for x in range(9)]
     assert close(scl.eq5_7_10_13_cross_entropy(scores, mask, 4), sum(slow) / len(slow))
     assert scl.eq5_7_10_13_cross_entropy(scores, torch.full_like(mask, 255), 4) == 0
@@ -170,7 +170,7 @@ def test_eq15_in_one_batch_is_each_pair_by_itself(baseline):
             alone = net.eq5_12_query_scores(S.F_q[i:i + 1], V, prior)[0]
             other = net.eq5_3_9_support_scores(S.F_s[i:i + 1], V)[0]
             for module, scores in (("query", alone), ("support", other)):
-                slow = scl.cells_at_pixels(scores, 4, (33, 33)).argmax(1)[0] == 1
+                slow = scl.cells_to_pixels(scores, 4, (33, 33)).argmax(1)[0] == 1
                 assert (together[module][k, i] != slow).float().mean() < 0.01
         U = scl.confidence(net, S, "paper")
         assert close(U, scl.eq5_16_confidence(together["query"], S.mask)) or not together["query"].any()
