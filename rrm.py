@@ -30,10 +30,12 @@ Departures   [D1] backbone: ResNet-50; the paper's ResNet-38 has weights only fo
                   from a COCO-segmentation checkpoint
              [D3] Eq. 2.4: (1 − max)^γ as its source [18] and the authors' code; printed is 1 − max^γ, whose
                   background grows with γ
-             [D4] α of Eq. 2.6, foreground: in each image the top 40 % of the class's own pixels with a score
-                  above 0.1; background: a score above 0.8 (authors' code). --bg-min 0 ranks it like a class
+             [D4] α of Eq. 2.6: in each image the top 40 % of the class's own pixels, of background too (§2.3.1:
+                  "for each class"; authors' code: background where (1 − max)^32 is above 0.8)
              [D5] one γ and agreement of labels alone, as printed; authors' code: two exponents, 4 for
-                  foreground, 32 for background and CAM, and a CRF probability of 0.8
+                  foreground, 32 for background and CAM, and a CRF probability of 0.8: --gamma-high 32
+                  --bg-min 0.8 --crf-min 0.8. The threshold belongs to that exponent: with γ = 4 alone it would
+                  take a CAM of up to 5 % for background
              [D6] Eq. 2.9, second row: √((N_k − e)/(N_k − N_k+)), which is 1 next to the positive values and
                   falls to 0, as the text wants; --reweight literal as printed. No gradient through A_w
              [D7] Eq. 2.8: F₁F₂, since F₂ is C₁×HW already; no 1/√C₁, as the authors' code
@@ -148,11 +150,12 @@ class Args:
     gamma_high: float = 0.0
     """authors' code: 32, a second exponent, which decides background; 0 = the paper's one γ [D5]"""
     ratio: float = 0.4
-    """§2.3.1: share of each foreground class's pixels that stay (Table 2.1); background: see bg_min [D4]"""
+    """§2.3.1: share of each class's pixels that stay, of background too (Table 2.1) [D4]"""
     fg_min: float = 0.1
-    """authors' code: pixels with a lower score do not enter a class's ranking"""
-    bg_min: float = 0.8
-    """authors' code: background stays where its score is above this; 0 = ranked by --ratio like a class"""
+    """authors' code: pixels with a lower score do not enter a class's ranking; acts with --gamma-high 32 alone,
+    as a class wins against (1 − max)^4 from 0.28 on"""
+    bg_min: float = 0.0
+    """authors' code: 0.8, background stays where its score is above this; 0 = ranked by --ratio [D4]"""
     crf_min: float = 0.0
     """authors' code: 0.8, the CRF probability that a label needs; 0 = Eq. 2.7 as printed [D5]"""
     confident: bool = True
@@ -255,7 +258,8 @@ PHOTOS = dict(
     seg_backbone="same", train_list="train", cam_stride=16, stride=16, seg_stride=16,
     cam_steps=330, cam_batch=8, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
     local_dilation=6, local_width=256, attention_width=128, energy_xy=80,
-    joint_steps=300, joint_lr=1e-4, full_lr=1e-3, joint_momentum=0.9, heads_x10=True, joint_crop=257,
+    joint_steps=300, joint_lr=1e-4, full_lr=1e-3, joint_momentum=0.9, heads_x10=True,
+    joint_crop=257, joint_rescale=(0.56, 1.04),             # the paper's 0.7 to 1.3 of a crop of 321
     seg_steps=1000, seg_batch=8, seg_lr=5e-4, seg_crop=257, seg_rates=(3, 6, 9, 12),
     seg_scales=(0.75, 1.0, 1.25))
 
@@ -852,7 +856,7 @@ def evaluate_labels(args, run, split):
         return
     speed = {}                                                                          # Table 2.4's Speed
     if "joint" not in run.results.get("reused", {}):
-        speed["seconds_a_step"] = round(run.seconds("joint") / args.joint_steps, 4)
+        speed["seconds_a_step"] = round(run.seconds("joint") / max(1, args.joint_steps), 4)
     for stage in ("val", "val_crf"):
         result(stage, written(stage), ["joint", "val"], crf="crf" in stage, scales=args.test_scales,
                **speed)

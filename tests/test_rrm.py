@@ -617,7 +617,7 @@ def test_a_checkpoint_of_another_stage_is_refused(finished, folder):
 
 
 ABLATIONS = {
-    "authors' mining": "--gamma-high 32 --crf-min 0.8 --reweight none",
+    "authors' mining": "--gamma-high 32 --bg-min 0.8 --crf-min 0.8 --reweight none",
     "local, plain CAM": "--branch local --no-mining-crf --no-confident --no-energy-loss --no-bcd-loss",
     "global, own backbone": "--branch global --reweight literal --no-shared-backbone --heads-x10",
     "from the beginning": "--init joint --warmup 1 --crf none --bg-min 0 --ratio 1"}
