@@ -30,12 +30,12 @@ Departures   [D1] backbone: ResNet-50; the paper's ResNet-38 has weights only fo
                   from a COCO-segmentation checkpoint
              [D3] Eq. 2.4: (1 − max)^γ as its source [18] and the authors' code; printed is 1 − max^γ, whose
                   background grows with γ
-             [D4] α of Eq. 2.6: in each image the top 40 % of the class's own pixels, of background too (§2.3.1:
-                  "for each class"; authors' code: background where (1 − max)^32 is above 0.8)
+             [D4] α of Eq. 2.6: in each image the top 40 % of the class's own pixels, of background too
+                  (§2.3.1: "for each class"; authors' code: background where (1 − max)^32 is above 0.8)
              [D5] one γ and agreement of labels alone, as printed; authors' code: two exponents, 4 for
                   foreground, 32 for background and CAM, and a CRF probability of 0.8: --gamma-high 32
-                  --bg-min 0.8 --crf-min 0.8. The threshold belongs to that exponent: with γ = 4 alone it would
-                  take a CAM of up to 5 % for background
+                  --bg-min 0.8 --crf-min 0.8. That threshold belongs to that exponent: with γ = 4 alone it
+                  would take a CAM of up to 5 % for background
              [D6] Eq. 2.9, second row: √((N_k − e)/(N_k − N_k+)), which is 1 next to the positive values and
                   falls to 0, as the text wants; --reweight literal as printed. No gradient through A_w
              [D7] Eq. 2.8: F₁F₂, since F₂ is C₁×HW already; no 1/√C₁, as the authors' code
@@ -152,8 +152,8 @@ class Args:
     ratio: float = 0.4
     """§2.3.1: share of each class's pixels that stay, of background too (Table 2.1) [D4]"""
     fg_min: float = 0.1
-    """authors' code: pixels with a lower score do not enter a class's ranking; acts with --gamma-high 32 alone,
-    as a class wins against (1 − max)^4 from 0.28 on"""
+    """authors' code: pixels with a lower score do not enter a class's ranking; it acts with --gamma-high 32
+    alone, as a class wins against (1 − max)^4 from 0.28 on"""
     bg_min: float = 0.0
     """authors' code: 0.8, background stays where its score is above this; 0 = ranked by --ratio [D4]"""
     crf_min: float = 0.0
