@@ -52,10 +52,11 @@ Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (
                   pictures; one round with the steps of all
              [D15] street scenes: the 19 classes have no background; class 0 is neither taught nor predicted
              [D16] the labels of a round hold classes of the picture's tags only, and a part of the tags that
-                  they lost keeps its initial mask: else a part that is lost once is taught as background from
-                  then on (paper: "CAM and the super pixel map" refine the predictions, no more is said). So
-                  the scores of round_1, round_2, … use tags, those of val do not, and S of Algorithm 2 is the
-                  largest share among the tags' classes. Not with --initial source, which has no tags
+                  they lost keeps its initial mask, or takes the background's labels away: else a part that is
+                  lost once is taught as background from then on (paper: "CAM and the super pixel map" refine
+                  the predictions, no more is said). So the scores of round_1, round_2, … use tags, those of
+                  val do not, and S of Algorithm 2 is the largest share among the tags' classes. Not with
+                  --initial source, which has no tags
              [D17] PSPNet's auxiliary loss (0.4) and scale, mirror and crop augmentation are PSPNet's paper's
 """
 
@@ -244,7 +245,8 @@ SOLIDS = dict(
     backbone="tiny", weights="none", cam_stride=8, cam_steps=600, cam_batch=8, cam_lr=5e-4,
     enc_steps=2000, cam_share=0.08, cam_resize=(144, 160), cam_crop=160,
     superpixels=500, edge_width=3, seg_lr=2e-3, seg_stride=4, seg_steps=1000, source_steps=1000, rounds=3,
-    seg_crop=96, seg_rescale=(0.8, 1.25), ratio=0.98, ratio_step=0.01, ratio_max=1.0)
+    seg_crop=96, seg_rescale=(0.8, 1.25), ratio=0.98, ratio_step=0.01, ratio_max=1.0,
+    label_crf=CRF(3, 3, 12, 5, 10, 5), seg_crf=CRF(3, 3, 12, 5, 10, 5))     # σ_xy for a quarter of the width
 # Real surfaces of one part, a few dozen to a few hundred photographs, a small pretrained backbone on a CPU.
 PHOTOS = dict(
     backbone="mobilenet_v2", cam_stride=16, cam_steps=300, cam_batch=8, cam_resize=(257, 321),
@@ -712,11 +714,13 @@ def of_tags(args, P, tags):
 
 
 def keep_lost(label, initial, tags):
-    """A part of the picture's tags that a round's label (H,W) lost keeps its initial mask.   [D16]"""
+    """A part of the picture's tags that a round's label (H,W) lost keeps its initial mask. Where it has none,
+    background is without label: the part may be anywhere.   [D16]"""
     for k in np.flatnonzero(tags) + 1:
         if not (label == k).any():
             label = np.where((initial == k) & ((label == 0) | (label == 255)), k, label).astype(np.uint8)
-    return label
+    found = np.isin(np.flatnonzero(tags) + 1, label).all()
+    return label if found else np.where(label == 0, 255, label).astype(np.uint8)
 
 
 def predict_train(args, run, net, train_set, folder):

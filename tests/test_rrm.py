@@ -78,7 +78,7 @@ def test_eq2_2_and_fig_2_2_the_mean_of_all_scales():
     maps = []
     for scale in scales:
         seen = [max(32, round(40 * scale)), max(32, round(48 * scale))]
-        scaled = F.interpolate(image, seen, mode="bilinear", align_corners=False)
+        scaled = F.interpolate(image, seen, mode="bilinear", align_corners=False, antialias=True)
         maps.append(rrm.eq2_1_cam(net.classification.backbone(scaled)[-1],
                                   net.classification.classifier.weight, stride, (40, 48), seen))
     assert close(cam, sum(maps) / 3) and not cam.requires_grad

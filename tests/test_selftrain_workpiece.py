@@ -282,6 +282,9 @@ def test_a_part_that_was_lost_keeps_its_initial_mask():
     kept = sw.keep_lost(label, initial, np.array([True, True, False]))
     assert kept.dtype == np.uint8 and kept.tolist() == [[0, 2, 2, 0], [1, 1, 0, 255]]
     assert label.tolist() == [[0, 0, 255, 0], [1, 1, 0, 255]], "the input is left as it is"
+    kept = sw.keep_lost(label, np.zeros_like(initial), np.array([True, True, False]))
+    assert kept.tolist() == [[255, 255, 255, 255], [1, 1, 255, 255]], "class 2 may be anywhere"
+    assert (sw.keep_lost(label, initial, np.array([True, False, False])) == label).all()
 
 
 def test_label_change_counts_what_is_no_background(tmp_path):
