@@ -859,7 +859,8 @@ CHUNK = 50      # episodes a file
 
 
 def write_test(args, run, net, val_set, episodes):
-    """Segments all test episodes; query = support as in Fig. 1.5 is the setting "self".
+    """Segments all test episodes; query = support as in Fig. 1.5 is the setting "self". "objects" is no
+    prediction but all labelled objects of the query: what an answer that ignores the support could reach.
 
     Writes test/s<seed>_<first episode>.npz: class (E,), setting (E,4) as counts_of; panels/test.png
     """
@@ -887,6 +888,7 @@ def write_test(args, run, net, val_set, episodes):
             counts, panels = {"class": []}, []
             for k, query, *chosen in episodes[seed][first:first + CHUNK].tolist():
                 found, q, s = test(k, query, chosen), picture(query), picture(chosen[0])
+                found["objects"] = (q.mask > 0) & (q.mask != 255)
                 counts["class"].append(k)
                 for setting, predicted in found.items():
                     mask = (s if setting == "self" else q).mask
@@ -924,10 +926,15 @@ def scores_of(classes, counts, weights=None):
     return 100 * miou, 100 * fb, dict(zip(each.tolist(), (100 * ious[:, 0]).tolist()))
 
 
-def paired_gain(classes, mine, other, draws=2000):
-    """What `mine` gains over `other` in mIoU and FB-IoU, with a 95 % interval: bootstrap over episodes."""
-    E = len(classes)
-    weights = np.random.default_rng(0).multinomial(E, np.full(E, 1 / E), draws)
+def paired_gain(classes, pictures, mine, other, draws=2000):
+    """What `mine` gains over `other` in mIoU and FB-IoU, with a 95 % interval: bootstrap over the pictures
+    that are segmented, as episodes with the same one do not count for two. Not in it: another training.
+
+    classes, pictures (E,): of each episode; mine, other (E,4) as counts_of
+    """
+    found, which = np.unique(pictures, return_inverse=True)
+    n = len(found)
+    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)[:, which]
     out = {}
     for key, i in (("gain", 0), ("fb_gain", 1)):
         one, many = (scores_of(classes, mine, w)[i] - scores_of(classes, other, w)[i]
@@ -949,10 +956,11 @@ def evaluate_test(args, run, classes, left_out):
     if "segmenter" not in run.results.get("reused", {}):
         speed["train_episodes_per_s"] = args.seg_steps * args.seg_batch / max(run.seconds("segmenter"), 1e-9)
     seconds = round(sum(map(run.seconds, ("encoder", "segmenter", "test"))), 1)
-    every = joined(tests)
+    every, listed = joined(tests), read_json(run.path("episodes", "test", ".json"))
+    queries = np.array([row[1] for rows in listed for row in rows])
     for K in args.shots if {"average", "cgm"} <= {*args.fuse} else ():
         if K > 1:
-            gain = paired_gain(every["class"], every[f"{K}shot_cgm"], every[f"{K}shot_average"])
+            gain = paired_gain(every["class"], queries, every[f"{K}shot_cgm"], every[f"{K}shot_average"])
             run.result(f"test_{K}shot_cgm_gain", shots=K, episodes=len(every["class"]), fold=args.fold,
                        uses_masks=True, **gain)
     for setting, (K, fuse) in {**settings(args), "self": (1, "none")}.items():
@@ -968,6 +976,11 @@ def evaluate_test(args, run, classes, left_out):
         (miou, fb), (miou_std, fb_std) = np.mean(rows, axis=0).tolist(), np.std(rows, axis=0).tolist()
         run.result(f"test_{setting}", **known, seeds=len(tests), miou=miou, fb_iou=fb, miou_std=miou_std,
                    fb_iou_std=fb_std, **speed)
+    if "objects" in every:
+        miou, fb, each = scores_of(every["class"], every["objects"])
+        run.result("test_objects", split="val", fold=args.fold, episodes=args.episodes, uses_masks=True,
+                   miou=float(miou[0]), fb_iou=float(fb[0]),
+                   iou={classes[k - 1]: value for k, value in each.items()})
 
 
 def compare_runs(args):
@@ -984,7 +997,9 @@ def compare_runs(args):
         drawn.append((made["data"], [row[:3] for rows in listed for row in rows]))
     if drawn[0] != drawn[1]: raise UserError("--compare: these two runs were not tested on the same episodes")
     a, b = tests
-    gains = {key: paired_gain(a["class"], b[key], a[key]) for key in b if key in a and key != "class"}
+    _, query, support = np.array(drawn[0][1]).T
+    gains = {key: paired_gain(a["class"], support if key == "self" else query, b[key], a[key])
+             for key in b if key in a and key not in ("class", "objects")}
     for key, gain in gains.items():
         print(f"{key:>16}  mIoU {gain['gain']:+.2f} [{gain['gain_low']:+.2f}, {gain['gain_high']:+.2f}]   "
               f"FB-IoU {gain['fb_gain']:+.2f} [{gain['fb_gain_low']:+.2f}, {gain['fb_gain_high']:+.2f}]")

@@ -391,17 +391,23 @@ def test_counts_and_scores_by_hand():
 
 def test_paired_gain():
     rng = np.random.default_rng(0)
-    classes, union = rng.integers(1, 3, 200), np.full(200, 100)
+    classes, union, pictures = rng.integers(1, 3, 200), np.full(200, 100), np.arange(200)
     base = rng.integers(20, 60, 200)
     a = np.stack([base, union, base, union], 1)
     b = a + np.array([5, 0, 0, 0])
-    gain = scl.paired_gain(classes, b, a)
+    gain = scl.paired_gain(classes, pictures, b, a)
     assert close(gain["gain"], 5.0) and gain["gain_low"] > 4.9 and close(gain["fb_gain"], 2.5)
-    same = scl.paired_gain(classes, a, a)
+    same = scl.paired_gain(classes, pictures, a, a)
     assert same["gain"] == same["gain_low"] == same["gain_high"] == 0
     noisy = np.stack([rng.integers(20, 60, 200), union, base, union], 1)
-    gain = scl.paired_gain(classes, noisy, a)
-    assert gain["gain_low"] < gain["gain"] < gain["gain_high"] and gain["gain_high"] - gain["gain_low"] > 1
+    gain = scl.paired_gain(classes, pictures, noisy, a)
+    width = gain["gain_high"] - gain["gain_low"]
+    assert gain["gain_low"] < gain["gain"] < gain["gain_high"] and width > 1
+    few = np.arange(200) % 10                                   # ten pictures, each with a gain of its own
+    own = np.stack([base + np.array([-9, -6, -3, 0, 3, 4, 6, 9, 12, 15])[few], union, base, union], 1)
+    alone, shared = (scl.paired_gain(classes, p, own, a) for p in (pictures, few))
+    widths = [gain["gain_high"] - gain["gain_low"] for gain in (alone, shared)]
+    assert widths[1] > 3 * widths[0], "episodes with one picture do not count for two"
 
 
 # ---------------------------------------------------------------- learns
@@ -473,7 +479,8 @@ def counts(out):
 def test_runs_and_writes_one_entry_a_setting_and_seed(finished):
     found = stages(finished)
     names = [f"test_{s}" for s in ("1shot", "2shot_average", "2shot_cgm", "self")]
-    assert set(found) == {*names, *(f"{n}_s{i}" for n in names for i in (0, 1)), "test_2shot_cgm_gain"}
+    assert set(found) == {*names, *(f"{n}_s{i}" for n in names for i in (0, 1)), "test_2shot_cgm_gain",
+                          "test_objects"}
     for name in names:
         entry, seeds = found[name], [found[f"{name}_s{i}"] for i in (0, 1)]
         for e in (entry, *seeds):
