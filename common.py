@@ -191,7 +191,17 @@ def distribute(net):
     """Averages gradients over processes (DDP); with one process or nothing to train, the net itself."""
     if world() == 1 or not any(p.requires_grad for p in net.parameters()):
         return net
+    if next(net.parameters()).is_cuda: share_norms(net)         # torch has it for GPUs alone
     return DistributedDataParallel(net)
+
+
+def share_norms(net):
+    """Batch norms that learn see the images of all processes; those of a frozen backbone stay, in place."""
+    for name, part in net.named_children():
+        if isinstance(part, nn.BatchNorm2d):
+            setattr(net, name, nn.SyncBatchNorm.convert_sync_batchnorm(part))
+        elif not getattr(part, "frozen", False):
+            share_norms(part)
 
 
 def unwrap(net):

@@ -621,10 +621,7 @@ def train_segmenter(args, run, train_set):
     """Fig. 4.1: both heads at once, end to end."""
     run.reseed("segmenter")
     net = make_dfr(args, args.weights, len(train_set.classes))
-    if world() > 1 and run.device.type == "cuda":
-        for name, part in net.named_children():                                         # not the fixed ones
-            if name != "backbone": setattr(net, name, nn.SyncBatchNorm.convert_sync_batchnorm(part))
-    elif args.seg_batch // world() < 2:
+    if args.seg_batch // world() < 2 and (world() == 1 or run.device.type == "cpu"):
         raise UserError(f"--seg-batch {args.seg_batch}: each process needs two images or more, since batch "
                         "norm sees one value an image in the coarsest pooling")
     ddp = run.place(net).train()

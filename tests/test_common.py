@@ -829,3 +829,15 @@ def test_predictions_are_not_shifted_whatever_the_size(method, size):
                "cian": (EveryFourth("self"), image, scales)}.get(method, (EveryFourth(), image, scales))
     prob = module.predict(*options, device)
     assert (prob.argmax(0) == (np.arange(size[1]) > 50)).all()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_batch_norms_that_learn_are_shared_by_all_gpus(frozen):
+    backbone = make_backbone("tiny", "none", 16, frozen)
+    net = common.DeepLab(backbone, nn.Sequential(nn.Conv2d(backbone.channels[-1], 3, 1), nn.BatchNorm2d(3)))
+    before, names = dict(net.named_parameters()), list(net.state_dict())
+    if frozen: backbone.freeze()
+    common.share_norms(net)
+    assert dict(net.named_parameters()) == before and list(net.state_dict()) == names
+    assert isinstance(net.head[1], nn.SyncBatchNorm)
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in backbone.modules()) != frozen
