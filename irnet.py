@@ -1055,7 +1055,8 @@ def main():
     if args.irn_crop % args.cam_stride:
         raise UserError(f"--irn-crop {args.irn_crop} is no multiple of --cam-stride {args.cam_stride}: "
                         "the levels of IRNet would not lie in line")
-    classifier_backbone(args)                                                           # wrong weights: now
+    classifier_backbone(args)                                       # wrong weights, impossible strides: now
+    make_segmenter(args.backbone, args.weights, args.seg_stride, args.seg_rates, 1)
     run = Run(args, FIELDS)
     if args.supervision != "full":
         classifier = train_classifier(args, run, train_set)                             # Eq. (1)
