@@ -1720,10 +1720,10 @@ def with_weights(net, state, device):
 
 
 def files_to_predict(source):
-    """A picture, or all of a folder; UserError where there is none."""
-    from data import PICTURES
+    """A picture, or all of a folder; UserError where there is none, DataError where two have one stem."""
+    from data import PICTURES, stems
     source = Path(source)
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    files = stems(source, PICTURES).values() if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
         raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")

@@ -487,9 +487,17 @@ def read_list(path):
 
 
 def stems(folder, suffixes=(".png",)):
-    """{name: path} of the files with these suffixes, sorted; {} when there is no such folder."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {path.stem: path for path in paths if path.suffix.lower() in suffixes}
+    """{name: path} of the files with these suffixes, sorted, no dot files; {} when there is no such folder.
+
+    Two files of one name but for the suffix are a DataError: what is written for one would replace the other.
+    """
+    found = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.suffix.lower() not in suffixes or path.name.startswith("."): continue
+        if found.setdefault(path.stem, path) != path:
+            raise DataError(f"{found[path.stem]} and {path.name} have one name but for the suffix; keep one "
+                            "of them, or rename it")
+    return found
 
 
 def few(items):
@@ -1574,11 +1582,11 @@ class Cityscapes(Street):
             raise DataError(f"there is no folder {folder}; get leftImg8bit and gtFine "
                             f"({STREET_PAGE['cityscapes']}), or correct --root")
         pictures = {path.name.removesuffix("_leftImg8bit.png"): path
-                    for path in sorted(folder.glob("*/*_leftImg8bit.png"))}
+                    for path in sorted(folder.glob("*/[!.]*_leftImg8bit.png"))}
         if not pictures: raise DataError(f"{folder} has no <city>/*_leftImg8bit.png; take it again")
         labels = {path.name.removesuffix(f"_gtFine_{end}.png"): (path, form)
                   for end, form in (("labelTrainIds", "train_ids"), ("labelIds", "ids"))
-                  for path in sorted((root / "gtFine" / split).glob(f"*/*_gtFine_{end}.png"))}
+                  for path in sorted((root / "gtFine" / split).glob(f"*/[!.]*_gtFine_{end}.png"))}
         super().__init__(root, split, train_list, wish, pictures, labels)
 
 
@@ -1679,7 +1687,7 @@ def check_cityscapes(root):
     for split, count in (("train", 2975), ("val", 500)):
         for part, end in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds"),
                           ("gtFine", "gtFine_labelTrainIds")):
-            there = len(list((root / part / split).glob(f"*/*_{end}.png")))
+            there = len(list((root / part / split).glob(f"*/[!.]*_{end}.png")))
             remedy = "optional" if "gtFine" in end else STREET_PAGE["cityscapes"]
             yield f"{split} {end}", there, remark(there, count, remedy)
 

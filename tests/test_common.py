@@ -127,6 +127,15 @@ def test_overlay_and_contact_sheet(tmp_path):
     assert sheet[21, 14].tolist() == [128, 0, 0] and (sheet[:18] < 128).any(), "label colour; titles"
 
 
+def test_pictures_to_predict(tmp_path):
+    for name in ("b.jpg", "a.PNG", "._a.png", "notes.txt"): (tmp_path / name).write_text("")
+    assert [file.name for file in common.files_to_predict(tmp_path)] == ["a.PNG", "b.jpg"]
+    assert common.files_to_predict(str(tmp_path / "b.jpg")) == [tmp_path / "b.jpg"]
+    (tmp_path / "b.png").write_text("")
+    with pytest.raises(data.DataError, match="b.jpg and b.png have one"): common.files_to_predict(tmp_path)
+    with pytest.raises(UserError, match="no picture"): common.files_to_predict(tmp_path / "notes.txt")
+
+
 # ---------------------------------------------------------------- metric
 
 

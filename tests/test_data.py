@@ -724,6 +724,21 @@ def test_error_missing_folder(tmp_path, work):
     assert_error(lambda: load(args("workpiece", work), "val"), "classes.txt")
 
 
+def test_error_two_files_of_one_name(voc, work):
+    shutil.copy(work / "train/images/train_0001.png", work / "train/images/train_0001.bmp")
+    assert_error(lambda: load(args("workpiece", work), "train"), "train_0001.bmp", "train_0001.png", "rename")
+    shutil.copy(voc / "JPEGImages/val_0001.jpg", voc / "JPEGImages/val_0001.JPG")
+    assert_error(lambda: load(args("voc", voc), "val"), "val_0001.JPG", "val_0001.jpg", "rename")
+
+
+def test_dot_files_are_no_pictures(work, tmp_path):
+    for folder in ("images", "masks"): (work / "train" / folder / "._train_0001.png").write_text("macOS")
+    assert len(read_all(args("workpiece", work))) == 5
+    streets = exported(tmp_path / "streets", "cityscapes", 2)
+    for path in list(streets.rglob("*.png")): path.with_name(f"._{path.name}").write_text("macOS")
+    assert len(read_all(args("cityscapes", streets))) == 2
+
+
 def test_error_list(voc, tmp_path):
     setting = args("voc", voc, "box", tmp_path / "list.txt")
     assert_error(lambda: load(setting, "train"), "list.txt does not exist", "train_aug")
