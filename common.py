@@ -488,8 +488,11 @@ class Run:
         barrier()
 
     def save(self, stage, net, optim, step):
+        """Writes <stage>.pt; UserError instead where a weight is no finite number."""
         self.tick()
         if rank() == 0:
+            if not all(weight.isfinite().all() for weight in net.parameters()):
+                raise self.diverged("a weight is no finite number", step - 1)
             self.note(f"{stage}.pt")
             save_checkpoint(self.dir / f"{stage}.pt", {
                 "model": unwrap(net).state_dict(), "optim": optim.state_dict(), "step": step,
@@ -531,8 +534,7 @@ class Run:
         values = {key: float(v.detach() if torch.is_tensor(v) else v) for key, v in values.items()}
         for key, value in values.items():
             if key.startswith("loss") and not math.isfinite(value):
-                raise UserError(f"{self.stage}: {key} is {value} in step {step}, the training has diverged; "
-                                "start over with a lower learning rate and --fresh, or another --out")
+                raise self.diverged(f"{key} is {value}", step)
         now = time.perf_counter()
         spent = round(self.seconds(self.stage) + now - self.marks.get(self.stage, now), 2)
         with open(self.dir / "log.jsonl", "a") as file:
@@ -543,6 +545,12 @@ class Run:
         for key, value in values.items():
             self.writer.add_scalar(f"{self.stage}/{key}", value, step)
         if self.bar: self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
+
+    def diverged(self, what, step):
+        """The UserError of a training that has come to nothing."""
+        return UserError(f"{self.stage}: {what} in step {step}, the training has diverged; give a lower "
+                         f"learning rate with --out NEW --reuse {self.dir} (keeps the stages before this), "
+                         "or with --fresh")
 
     # --- label synthesis ---
 

@@ -306,6 +306,16 @@ def test_a_training_that_diverges_ends_with_a_sentence(tmp_path):
     run = Run(Args(out=str(tmp_path), lr=1e30))
     with pytest.raises(UserError, match="net: loss is (nan|inf) in step .* lower learning rate"): train(run)
     assert all(np.isfinite(entry["loss"]) for entry in lines(run)), "log.jsonl holds numbers only"
+    assert all(np.isfinite(entry["loss"]) for entry in lines(run)), "log.jsonl holds numbers only"
+
+
+@pytest.mark.parametrize("steps", [3, 2])
+def test_no_checkpoint_holds_weights_that_are_no_numbers(tmp_path, steps):
+    """Also between two lines of the log; 3: a save on the way, 2: the last one."""
+    run = Run(Args(out=str(tmp_path), lr=1e30, log_every=100))
+    with pytest.raises(UserError, match=f"net: a weight .* in step {steps - 1}, .* --reuse {tmp_path}"):
+        train(run, steps=5 if steps == 3 else steps)
+    assert not (tmp_path / "net.pt").exists()
 
 
 def test_a_checkpoint_holds_tensors_and_plain_types(tmp_path):
