@@ -364,12 +364,15 @@ class Run:
         self.resumed = theirs is not None
         self.state = read_json(self.dir / "state.json", {"seconds": {}, "wrote": []})
         self.results = read_json(self.dir / "results.json", {"stages": []})
-        self.results.update(command=shlex.join(["python", *sys.argv]), versions=versions(), git=git_commit(),
+        before, now = self.results.get("git"), git_commit()
+        self.results.update(command=shlex.join(["python", *sys.argv]), versions=versions(), git=now,
                             args=mine, device=device_name(self.device))
         barrier()
         if rank() == 0: write_json(self.dir / "args.json", mine)
         self.say(f"{self.dir} {'continued' if self.resumed else 'started'} · git {self.results['git']} · "
                  f"{self.results['device']} x {world()}\n" + " ".join(f"{k}={v}" for k, v in mine.items()))
+        if self.results["stages"] and before != now:
+            self.say(f"{self.dir} has stages of git {before} and goes on with git {now}")
         seed_everything(args.seed)
 
     # --- the folder ---
@@ -608,6 +611,9 @@ class Run:
             if taken:
                 self.say(f"[{stage}] {taken} file(s) taken from {theirs}")
                 self.results.setdefault("reused", {})[stage] = str(theirs)
+                made = read_json(theirs / "results.json", {})
+                made = made.get("reused_git", {}).get(stage, made.get("git"))
+                if made: self.results.setdefault("reused_git", {})[stage] = made
         barrier()
 
     # --- results ---
@@ -626,10 +632,11 @@ class Run:
         at = next((i for i, old in enumerate(stages) if old["stage"] == stage), len(stages))
         before = max((old.get("peak_memory_mb", 0) for old in stages[at:at + 1]), default=0)
         entry.setdefault("peak_memory_mb", max(before, peak_memory(self.device)))
+        entry["git"] = self.results["git"]
         stages[at:at + 1] = [entry]
         if rank() == 0: write_json(self.dir / "results.json", self.results)
         self.say(f"[{stage}] " + " ".join(f"{key}={show_value(value)}" for key, value in entry.items()
-                                          if key not in ("stage", "iou")))
+                                          if key not in ("stage", "iou", "git")))
 
     def table(self):
         """Prints the stages' numbers as a table."""

@@ -432,7 +432,7 @@ def test_results(tmp_path, capsys):
     assert val["miou"] == pytest.approx(175 / 3)
     assert (val["n_images"], val["crf"], val["seconds"]) == (3, False, 0) and val["peak_memory_mb"] > 10
     assert result["versions"]["torch"] == torch.__version__.split("+")[0] and result["args"]["radius"] == 5
-    assert {"command", "git", "device"} <= set(result)
+    assert {"command", "git", "device"} <= set(result) and seed["git"] == val["git"] == result["git"]
     capsys.readouterr()
     run.table()
     assert re.search(r"val\s+58\.33", capsys.readouterr().out)
@@ -465,6 +465,26 @@ def test_reuse_takes_the_stages_whose_fields_agree(tmp_path):
     with pytest.raises(UserError, match="args.json"):
         pipeline(Args(out=str(tmp_path / "e"), reuse=str(tmp_path)))
     assert not (tmp_path / "e").exists()
+
+
+def test_results_say_which_commit_made_them(tmp_path, monkeypatch, capsys):
+    for name, commit in (("a", "abc1"), ("b", "abc2"), ("c", "abc3")):
+        monkeypatch.setattr(common, "git_commit", lambda commit=commit: commit)
+        last = str(tmp_path / chr(ord(name) - 1)) if name > "a" else ""
+        run, *_ = pipeline(Args(out=str(tmp_path / name), reuse=last))
+        run.result("val", miou=1.0)
+    results = json.loads((tmp_path / "c" / "results.json").read_text())
+    assert (results["git"], results["stages"][0]["git"]) == ("abc3", "abc3")
+    assert results["reused_git"] == {"net": "abc1", "pseudo": "abc1"}, "who made it, not who had it"
+    assert set(results["reused"].values()) == {str(tmp_path / "b")}
+    assert "goes on with" not in capsys.readouterr().out
+    Run(Args(out=str(tmp_path / "c"))).result("val_crf", miou=1.0)
+    assert "goes on with" not in capsys.readouterr().out
+    monkeypatch.setattr(common, "git_commit", lambda: "abc4")
+    Run(Args(out=str(tmp_path / "c"))).result("val_crf", miou=2.0)
+    assert re.search(r"/c has stages of git abc3 and goes on with git abc4", capsys.readouterr().out)
+    results = json.loads((tmp_path / "c" / "results.json").read_text())
+    assert [entry["git"] for entry in results["stages"]] == ["abc3", "abc4"]
 
 
 def test_reuse_takes_no_unfinished_training(tmp_path):
