@@ -314,6 +314,7 @@ def voc_palette():
 
 NO_EFFECT = {"out", "device", "workers", "fresh", "reuse", "predict", "checkpoint", "log_every",
              "save_every", "batch_images"}                      # fields that cannot change a result
+PATHS = {"root", "train_list", "weights", "aux_root", "rendered_root", "saliency", "generator", "semi_masks"}
 
 
 def plain_fields(args):
@@ -322,9 +323,17 @@ def plain_fields(args):
 
 
 def differing(mine, theirs, names):
-    """["lr: 0.1, there 0.2", …]: those of the fields whose values differ between two args.json."""
+    """["lr: 0.1, there 0.2", …]: those of the fields whose values differ between two args.json.
+
+    Two spellings of one path do not differ.
+    """
+    def meant(args, name):
+        value = args.get(name, "absent")
+        if name not in PATHS or not isinstance(value, str): return value
+        return [part and os.path.abspath(part) for part in value.split(",")]    # also of words, on both sides
+
     return [f"{name}: {mine.get(name, 'absent')}, there {theirs.get(name, 'absent')}"
-            for name in sorted(names) if mine.get(name, "absent") != theirs.get(name, "absent")]
+            for name in sorted(names) if meant(mine, name) != meant(theirs, name)]
 
 
 def read_json(file, default=None):

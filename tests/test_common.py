@@ -345,6 +345,21 @@ def test_a_folder_of_other_arguments_is_refused_by_field(tmp_path):
     assert Run(Args(out=str(tmp_path), workers=2, save_every=5, log_every=9)).resumed
 
 
+@pytest.mark.parametrize("root", ["{0}/voc", "{0}/voc/", "voc", "./voc/", "x/../voc"])
+def test_a_path_is_the_same_however_it_is_spelled(tmp_path, monkeypatch, root):
+    monkeypatch.chdir(tmp_path)
+    train(Run(Args(out="run", root=f"{tmp_path}/voc"), {"net": ["root"]}))
+    again = Args(out="run", root=root.format(tmp_path))
+    assert Run(again).resumed and common.read_json("run/args.json")["root"] == again.root, "as it was given"
+    _, done = train(Run(dataclasses.replace(again, out="other", reuse="run"), {"net": ["root"]}))
+    assert not done
+    for other in (f"{tmp_path}/voc2", "coco", ""):
+        with pytest.raises(UserError, match="root: "): Run(Args(out="run", root=other))
+    two = {"aux_root": "a/,b", "weights": "imagenet", "lr": "a/"}
+    assert not common.differing(two, {**two, "aux_root": f"a,{tmp_path}/b"}, two)
+    assert len(common.differing(two, {"aux_root": "a", "weights": "none", "lr": "a"}, two)) == 3
+
+
 def test_fresh_removes_what_a_run_wrote_and_nothing_else(tmp_path):
     (tmp_path / "mine").mkdir()
     for name in ("mine/a.png", "my.pt", "my.json"):
