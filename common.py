@@ -528,13 +528,16 @@ class Run:
 
     def cut_log(self, stage, start):
         """Removes log lines of steps that will be done again, and a last line that a kill cut short."""
-        file, keep = self.dir / "log.jsonl", []
+        keep = [entry for entry in self.logged() if entry["stage"] != stage or entry["step"] < start]
+        with atomic(self.dir / "log.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in keep))
+
+    def logged(self):
+        """Entries of log.jsonl, but for a last line that a kill cut short."""
+        file, entries = self.dir / "log.jsonl", []
         for line in file.read_text().splitlines() if file.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                entry = json.loads(line)
-                if entry["stage"] != stage or entry["step"] < start: keep.append(line + "\n")
-        with atomic(file) as temporary:
-            temporary.write_text("".join(keep))
+            with contextlib.suppress(json.JSONDecodeError): entries.append(json.loads(line))
+        return entries
 
     def log(self, step, **values):
         """Every --log-every steps: numbers or tensors to log.jsonl, to TensorBoard, beside the bar.
@@ -549,13 +552,15 @@ class Run:
                 raise self.diverged(f"{key} is {value}", step)
         now = time.perf_counter()
         spent = round(self.seconds(self.stage) + now - self.marks.get(self.stage, now), 2)
+        new = [{"stage": self.stage, "step": step, **values, "seconds": spent}]
         with open(self.dir / "log.jsonl", "a") as file:
-            file.write(json.dumps({"stage": self.stage, "step": step, **values, "seconds": spent}) + "\n")
-        if self.writer is None:
+            file.write(json.dumps(new[0]) + "\n")
+        if self.writer is None:                                 # a purge is of all stages: all come again
             from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(self.dir)
-        for key, value in values.items():
-            self.writer.add_scalar(f"{self.stage}/{key}", value, step)
+            self.writer, new = SummaryWriter(self.dir, purge_step=0), self.logged()
+        for entry in new:
+            for key in entry.keys() - {"stage", "step", "seconds"}:
+                self.writer.add_scalar(f"{entry['stage']}/{key}", entry[key], entry["step"])
         if self.bar: self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
 
     def diverged(self, what, step):

@@ -302,6 +302,23 @@ def test_an_interrupted_training_ends_bit_for_bit_like_an_undisturbed_one(tmp_pa
     assert torch.rand(1) == after, "a stage that is skipped leaves the same random state"
 
 
+def test_tensorboard_shows_what_the_log_says_after_a_kill(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    first = Run(Args(out=str(tmp_path)))
+    train(first, "early")
+    train(first, stop=8)
+    first.writer.close()
+    second = Run(Args(out=str(tmp_path)))
+    train(second)
+    second.writer.close()
+    shown = EventAccumulator(str(tmp_path)).Reload()
+    for stage in ("early", "net"):
+        for key in ("loss", "step_size"):
+            logged = [(entry["step"], entry[key]) for entry in lines(second) if entry["stage"] == stage]
+            seen = [(event.step, event.value) for event in shown.Scalars(f"{stage}/{key}")]
+            assert len(seen) == 10 and np.allclose(seen, logged)
+
+
 def test_a_training_that_diverges_ends_with_a_sentence(tmp_path):
     run = Run(Args(out=str(tmp_path), lr=1e30))
     with pytest.raises(UserError, match="net: loss is (nan|inf) in step .* lower learning rate"): train(run)
