@@ -214,11 +214,13 @@ def start_processes(device):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     known = re.fullmatch(r"cpu|cuda(:\d+)?", device)
-    if not known or device != "cpu" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: give auto, cpu, cuda or cuda:N; torch sees "
-                        f"{torch.cuda.device_count()} GPUs")
-    if device == "cuda" or device != "cpu" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    place = int(os.environ.get("LOCAL_RANK", device[5:] or 0)) if known and device != "cpu" else 0
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not known or device != "cpu" and place >= gpus:
+        wanted = f" (process {place} of this machine)" if "LOCAL_RANK" in os.environ else ""
+        raise UserError(f"--device {device}{wanted}: give auto, cpu, cuda or cuda:N, N from 0; torch sees "
+                        f"{gpus} GPUs")
+    if device != "cpu": device = f"cuda:{place}"
     if device != "cpu": torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         day = datetime.timedelta(days=1)                        # the slowest share of images may take long

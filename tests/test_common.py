@@ -568,6 +568,22 @@ def test_two_processes_share_the_work_and_sum(tmp_path):
         assert "python" in threads and "gloo" not in threads, "they may abort the exit"
 
 
+@pytest.mark.parametrize("device, gpus, local, words", [
+    ("cuda:7", 2, None, "--device cuda:7: .* 2 GPUs"), ("cuda", 0, None, "--device cuda: .* 0 GPUs"),
+    ("cuda:0", 0, None, "0 GPUs"), ("gpu", 2, None, "--device gpu"), ("cuda", 2, 2, "process 2 .* 2 GPUs"),
+    ("cuda:1", 2, None, None), ("cuda", 1, None, None), ("auto", 2, 1, None), ("cuda:7", 2, 1, None)])
+def test_gpus_that_are_not_there_are_refused(device, gpus, local, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    if local is not None: monkeypatch.setenv("LOCAL_RANK", str(local))
+    if words is None:
+        expected = local if local is not None else device[5:] or 0
+        assert common.start_processes(device) == torch.device(f"cuda:{expected}")
+        return
+    with pytest.raises(UserError, match=words): common.start_processes(device)
+
+
 def test_a_batch_that_does_not_split_is_refused(tmp_path, monkeypatch):
     @dataclasses.dataclass
     class WithBatch(Args):
