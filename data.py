@@ -475,15 +475,23 @@ def read_classes(path):
     return classes
 
 
-def read_list(path):
-    """Names from a list file, one a line, with or without folders and suffix; further words are ignored."""
+def read_list(path, known=()):
+    """Names from a list file, one a line, with or without folders and suffix.
+
+    A line may be one of the known names, blanks and all; else what follows its first word is ignored.
+    """
     if not Path(path).is_file():
         raise DataError(f"the list {path} does not exist; give train_aug, train or a file of names")
     with reading(path, "list", "write a text file with one name a line"):
         lines = Path(path).read_text().splitlines()
-    paths = [Path(line.split()[0]) for line in lines if line.split()]
-    if not paths: raise DataError(f"the list {path} is empty; write one name a line")
-    return list(dict.fromkeys(path.stem if path.suffix.lower() in PICTURES else path.name for path in paths))
+    names = []
+    for line in filter(None, map(str.strip, lines)):
+        whole, first = (path.stem if path.suffix.lower() in PICTURES else path.name
+                        for path in (Path(line), Path(line.split()[0])))
+        street = first.removesuffix("_leftImg8bit")                 # its pictures are known without it
+        names.append(next((name for name in (whole, first, street) if name in known), first))
+    if not names: raise DataError(f"the list {path} is empty; write one name a line")
+    return list(dict.fromkeys(names))
 
 
 def stems(folder, suffixes=(".png",)):
@@ -958,13 +966,14 @@ def voc_masks(root):
 def voc_names(root, which):
     """Names of "val", "train", "train_aug" = (train ∪ SegmentationClassAug) − val, or of a list file."""
     train, val = (root / "ImageSets" / "Segmentation" / f"{split}.txt" for split in ("train", "val"))
+    pictures = stems(root / "JPEGImages", PICTURES)
     if which != "train_aug":
-        return read_list({"train": train, "val": val}.get(which, which))
+        return read_list({"train": train, "val": val}.get(which, which), pictures)
     extra = stems(root / "SegmentationClassAug")
     if not extra:
         raise DataError(f"train_aug needs {root / 'SegmentationClassAug'}, which is not there; make it with  "
                         f"python data.py voc-aug --sbd path/to/SBD --root {root}  or  --train-list train")
-    return sorted({*read_list(train), *extra} - {*read_list(val)})
+    return sorted({*read_list(train, pictures), *extra} - {*read_list(val, pictures)})
 
 
 def read_voc_xml(path):
@@ -1018,7 +1027,7 @@ class COCO:
         self.folder = coco_folder(self.file)
         self.classes, self.entries = read_coco(self.file)
         listed = split == "train" and train_list not in ("train", "train_aug")
-        self.names = read_list(train_list) if listed else list(self.entries)
+        self.names = read_list(train_list, self.entries) if listed else list(self.entries)
         require(self.names, self.entries, self.file, f"mend {train_list}")
         self.names, every = [name for name in self.names if self.entries[name][2] != "[]"], len(self.names)
         if len(self.names) < every:
@@ -1191,8 +1200,8 @@ class Context:
 def context_names(root, which):
     """Names of "val", "train" (train_aug is the same), or of a list file."""
     which = "train" if which == "train_aug" else which
-    known = which in ("train", "val")
-    return read_list(root / "ImageSets" / "SegmentationContext" / f"{which}.txt" if known else which)
+    own = root / "ImageSets" / "SegmentationContext" / f"{which}.txt"
+    return read_list(own if which in ("train", "val") else which, stems(root / "JPEGImages", PICTURES))
 
 
 # ── workpiece: a folder of your own ───────────────────────────────────────────────────────────────
@@ -1226,7 +1235,7 @@ class Workpiece:
                             f"{root / 'classes.txt'} ({few(self.classes)}); rendered "
                             "and real pictures need one list, in one order")
         listed = split == "train" and train_list not in ("train", "train_aug")
-        self.names = read_list(train_list) if listed else list(self.pictures)
+        self.names = read_list(train_list, self.pictures) if listed else list(self.pictures)
         require(self.names, self.pictures, folder, f"mend {train_list}")
         if not self.names: raise DataError(f"{folder} is empty; put the {split} pictures there")
         self.files = {key: read_json(self.root / f"{key}.json") for key in ("tags", "boxes", "points")}
@@ -1552,7 +1561,7 @@ class Street:
     def __init__(self, where, split, train_list, wish, pictures, labels):
         self.pictures, self.labels, self.notes = pictures, labels, {}
         listed = split == "train" and train_list not in ("train", "train_aug")
-        self.names = read_list(train_list) if listed else list(pictures)
+        self.names = read_list(train_list, pictures) if listed else list(pictures)
         require(self.names, pictures, where, f"mend {train_list}")
         if wish.needed or wish.derived: require(self.names, labels, where, "each picture needs its label map")
         masked = sum(name in labels for name in self.names)

@@ -574,6 +574,28 @@ def test_a_list_of_ones_own(voc, tmp_path):
     assert load(args("voc", voc, "box", names), "train").names == ["train_0003", "train_0001"]
 
 
+@pytest.mark.parametrize("layout, folder", [("workpiece", "train/images"), ("voc", "VOC2012/JPEGImages")])
+def test_a_list_may_have_names_with_blanks(exports, tmp_path, layout, folder):
+    root, names = Path(shutil.copytree(exports[layout], tmp_path / layout)), tmp_path / "list.txt"
+    for path in root.rglob("*train_0001.*"): path.rename(path.with_stem("my part 1"))
+    for path in [*root.rglob("*.json"), *root.rglob("*.txt")]:
+        path.write_text(path.read_text().replace("train_0001", "my part 1"))
+    for line in ("my part 1", "some where/my part 1.png", f"{folder}/my part 1.jpg"):
+        names.write_text(f"{line}\ntrain_0002 my part 1\n")
+        assert load(args(layout, root, "box", names), "train").names == ["my part 1", "train_0002"]
+    assert "my part 1" in load(args(layout, root, "box"), "train").names
+
+
+def test_a_list_of_cityscapes_files(tmp_path):
+    streets, names = exported(tmp_path / "streets", "cityscapes", 3), tmp_path / "list.txt"
+    names.write_text("train/train_0002_leftImg8bit.png gtFine/train/train_0002_labelIds.png\ntrain_0000\n")
+    train = load(args("cityscapes", streets, "image", names), "train")
+    assert train.names == ["train_0002", "train_0000"] and train[0].image.ndim == 3
+    names.write_text("train/train_0009_leftImg8bit.png\n")
+    with pytest.raises(DataError, match=r"lacks 1 of 1 pictures \(train_0009"):
+        load(args("cityscapes", streets, "image", names), "train")
+
+
 def test_sbd_merging(voc, tmp_path, monkeypatch, capsys):
     from scipy.io import savemat
     root, cls = tmp_path / "VOC2012", tmp_path / "benchmark_RELEASE" / "dataset" / "cls"
