@@ -291,6 +291,9 @@ class Selection:
     def __init__(self, dataset, classes, names):
         self.dataset, self.classes, self.fields = dataset, list(classes), list(dataset.fields)
         self.notes, self.names = dict(dataset.notes), list(names)
+        if "instances" in dataset.fields and "mask" not in dataset.fields:
+            self.dataset = copy.copy(dataset)                       # the mask tells their classes
+            self.dataset.fields += ("mask",)
         self.old = [dataset.classes.index(name) for name in classes]
         self.number = np.zeros(256, np.uint8)                       # old label -> new label
         self.number[255] = 255
@@ -306,7 +309,7 @@ class Selection:
     def read(self, name):
         s = self.dataset[self.dataset.index(name)]
         fields = {"tags": s.tags[self.old]}
-        for key in {"mask", "scribble"} & {*self.fields}: fields[key] = self.number[getattr(s, key)]
+        for key in {"mask", "scribble"} & {*vars(s)}: fields[key] = self.number[getattr(s, key)]
         for key in {"boxes", "points"} & {*self.fields}: fields[key] = renumber(getattr(s, key), self.number)
         if "instances" in self.fields and hasattr(s, "instances"):
             fields["instances"] = np.where(fields["mask"] > 0, s.instances, 0).astype(np.uint8)
@@ -540,13 +543,13 @@ def locate(rows, columns, classes, size, path):
     x, y, x1, y1 = out[:, [1, 2, -2, -1]].T
     off = (x < -1) | (y < -1) | (x1 > width + 1) | (y1 > height + 1)    # old VOC files may be off by one
     off |= ~np.isfinite(out).all(axis=1)
-    if columns == 5: off |= (x >= x1) | (y >= y1)
+    rim = 0.5 if columns == 3 else 0
+    out[:, 1:] = out[:, 1:].clip(rim, ((width - rim, height - rim) * 2)[:columns - 1])
+    if columns == 5: off |= (out[:, 1:3] >= out[:, 3:]).any(axis=1)     # or it lies beside the picture
     if off.any():
         name, *at = rows[off.argmax()]
         raise DataError(f"{path} has {name} at {few(at)}, beyond its picture of {width}x{height}; mend it or "
                         "use the picture that it was drawn on")
-    rim = 0.5 if columns == 3 else 0
-    out[:, 1:] = out[:, 1:].clip(rim, ((width - rim, height - rim) * 2)[:columns - 1])
     return out
 
 
@@ -1108,11 +1111,14 @@ def read_coco(path):
         categories = sorted(table["categories"], key=lambda category: category["id"])
         number = {category["id"]: k for k, category in enumerate(categories, 1)}
         found = {image["id"]: [] for image in table["images"]}
+        sizes = {image["id"]: (image["width"], image["height"]) for image in table["images"]}
         for a in table["annotations"]:
             if a["category_id"] not in number or a["image_id"] not in found:
                 raise DataError(f"{path} has an annotation (id {a['id']}) of category {a['category_id']} in "
                                 f"picture {a['image_id']}, one of which it does not list; mend the file")
-            if min(a["bbox"][2:]) > 0:                              # COCO has a few boxes without any width
+            (width, height), (x, y, w, h) = sizes[a["image_id"]], a["bbox"]
+            left = min(x + w, y + h, width - x, height - y)         # far outside: locate refuses it
+            if min(w, h) > 0 and not -1 <= left <= 0:               # COCO has a few boxes without any width
                 kept = {key: a[key] for key in ("bbox", "area", "segmentation")}
                 kept |= {"category_id": number[a["category_id"]], "iscrowd": a.get("iscrowd", 0)}
                 found[a["image_id"]].append(kept)

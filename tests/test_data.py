@@ -851,7 +851,9 @@ def test_error_box_outside(voc, work):
 def test_a_box_may_touch_the_rim():
     for box in ((0, 0, 40, 30), (-1, 0, 41, 30)):                       # old files may be off by one
         assert data.locate([("b", *box)], 5, ["a", "b"], (30, 40), "file").tolist() == [[2, 0, 0, 40, 30]]
-    with pytest.raises(DataError): data.locate([("b", 0, 0, 42, 30)], 5, ["a", "b"], (30, 40), "file")
+    for box in ((0, 0, 42, 30), (-1, 0, 0, 30), (0, -0.5, 40, 0), (40, 0, 41, 30), (0, 30, 40, 31)):
+        with pytest.raises(DataError, match="file has b at"):
+            data.locate([("b", *box)], 5, ["a", "b"], (30, 40), "file")
 
 
 def test_error_unknown_class(voc, work):
@@ -966,7 +968,8 @@ def test_two_processes_draw_the_same_coco_masks(coco):
 
 @pytest.mark.parametrize("segmentation", [[], [[]], [[1, 1, 4, 4]]], ids=["none", "empty", "two points"])
 def test_coco_empty_annotations(scene, segmentation):
-    root = scene(SQUARE, annotation(1, [1, 1, 3, 3], segmentation), annotation(13, [0, 0, 0, 5], [[]]))
+    thin = [annotation(13, box, [[]]) for box in ([0, 0, 0, 5], [20, 0, 0.5, 5], [3, -0.5, 9, 0.5])]
+    root = scene(SQUARE, annotation(1, [1, 1, 3, 3], segmentation), *thin)
     s = load(args("coco", root), "train")[0]
     assert s.boxes.tolist() == [[3, 2, 1, 10, 7], [1, 1, 1, 4, 4]] and s.tags.tolist() == [True, False, True]
     assert set(np.unique(s.mask)) == {0, 3} and set(np.unique(s.instances)) == {0, 1}

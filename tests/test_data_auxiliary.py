@@ -85,6 +85,16 @@ def test_selected_classes_are_renumbered_everywhere(exported, layout):
         assert (t.instances[t.mask == 0] == 0).all()
 
 
+@pytest.mark.parametrize("layout", ["voc", "coco"])
+def test_a_selection_of_instances_alone(exported, layout):
+    args = types.SimpleNamespace(data=layout, root=str(exported / layout), train_list="", supervision="full")
+    whole, alone = (load(args, "val", fields=fields) for fields in (None, ("instances",)))
+    whole, alone = (select(every, every.classes[1:3]) for every in (whole, alone))
+    assert alone.fields == ("instances",) and alone.names == whole.names
+    assert set(vars(alone[0])) == {"name", "image", "tags", "instances"}
+    assert alone[0].instances.any() and (alone[0].instances == whole[0].instances).all()
+
+
 def test_a_selection_of_names_keeps_all_classes():
     every = ask("shapes-aux")
     some = select(every, names=every.names[3:5])
