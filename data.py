@@ -450,6 +450,7 @@ def read_label(path, classes=None, image=None):
         soft = np.isin(label, (0, 255)).mean() > 0.5 and 255 in label
         remedy = ("looks like a black/white mask with soft edges: save the object as 1, hard-edged" if soft
                   else "save class numbers, not colours, and list every class in classes.txt")
+        if mode[0] == "I": remedy = f"the file has 16 bits a pixel or more ({mode}): save it with 8"
         raise DataError(f"label map {path} holds {few(bad)}, but only 0..{top} and 255 are allowed; {remedy}")
     return label.astype(np.uint8)
 

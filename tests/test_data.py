@@ -818,7 +818,8 @@ def test_error_illegal_values(work):
     png(path, np.stack([soft] * 3, axis=-1))
     assert_error(lambda: read_all(args("workpiece", work)), str(path), "RGB", "palette or grey")
     Image.fromarray(np.full(mask.shape, 300, np.uint16)).save(path)
-    assert_error(lambda: read_all(args("workpiece", work)), str(path), "holds 300")
+    for call in (lambda: read_all(args("workpiece", work)), lambda: data.read_label(path)):
+        assert_error(call, str(path), "holds 300", "16 bits", "save it with 8")
 
 
 def test_error_black_and_white_masks(work):
