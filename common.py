@@ -361,6 +361,7 @@ class Run:
             if name.endswith("_batch") and size % world():
                 raise UserError(f"--{name.replace('_', '-')} {size} can not be split over {world()}")
         self.stage, self.marks, self.bar, self.writer = "", {}, None, None
+        self.saved = 0.0, 0.0                                   # seconds of the last save, and when it ended
         if args.reuse and not self.dir.exists(): self.donor()                   # a wrong folder: say so now
         if rank() == 0:
             self.lock()
@@ -493,7 +494,9 @@ class Run:
                     group["lr"] = group["initial_lr"] * (schedule(step) if schedule else 1)
                 yield step, to_device(sample, self.device)
                 self.bar.update()
-                if (step + 1) % self.args.save_every == 0 or step + 1 == steps:
+                took, at = self.saved                           # saving may cost a twentieth of the time
+                due = took < 0.5 or time.perf_counter() - at > 20 * took
+                if (step + 1) % self.args.save_every == 0 and due or step + 1 == steps:
                     self.save(stage, net, optim, step + 1)
         if world() > 1:                                         # DDP copies statistics only before a forward
             for buffer in unwrap(net).buffers(): dist.broadcast(buffer, 0)
@@ -504,6 +507,7 @@ class Run:
     def save(self, stage, net, optim, step):
         """Writes <stage>.pt; UserError instead where a weight is no finite number."""
         self.tick()
+        start = time.perf_counter()
         if rank() == 0:
             if not all(weight.isfinite().all() for weight in net.parameters()):
                 raise self.diverged("a weight is no finite number", step - 1)
@@ -512,6 +516,7 @@ class Run:
                 "model": unwrap(net).state_dict(), "optim": optim.state_dict(), "step": step,
                 "args": plain_fields(self.args), "rng": rng_state()})
             if self.writer: self.writer.flush()
+        self.saved = time.perf_counter() - start, time.perf_counter()
 
     def restore(self, stage, net, optim):
         """Sets net, optimiser and random state to <stage>.pt; returns the step to go on with."""

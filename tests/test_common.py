@@ -344,6 +344,20 @@ def test_a_checkpoint_holds_tensors_and_plain_types(tmp_path):
     assert state["args"] == json.loads((tmp_path / "args.json").read_text())
 
 
+@pytest.mark.parametrize("seconds, expected", [(0.1, [2, 4, 6, 8, 9]), (1.1, [2, 8, 9]), (9, [2, 9])])
+def test_saving_takes_a_twentieth_of_the_time(tmp_path, monkeypatch, seconds, expected):
+    """A step takes 4 s here, saving so many; the last step is always saved."""
+    clock, saved = types.SimpleNamespace(now=0.0), []
+    def save(path, state):
+        saved.append(state["step"])
+        clock.now += seconds
+    monkeypatch.setattr(common, "save_checkpoint", save)
+    monkeypatch.setattr(common, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    run, net = Run(Args(out=str(tmp_path), save_every=2)), toy_net()
+    for _ in run.steps("net", Toy(), 9, 4, net, torch.optim.SGD(net.parameters(), 0.1)): clock.now += 4
+    assert saved == expected
+
+
 def test_random_states_come_back():
     def draw():
         return random.random(), random.gauss(0, 1), np.random.randn(), torch.rand(1).item()
