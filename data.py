@@ -217,7 +217,7 @@ def load(args, split, masks=False, fields=None):
         raise DataError(f"no data set is called {args.data!r}; choose one of {', '.join(SOURCES)}")
     revealed, needed = REVEALS[args.supervision], ()
     if split in ("val", "rendered") or args.supervision == "full":
-        needed = ("mask",)
+        needed = ("mask",) if (split, args.data) != ("val", "workpiece") else ()   # then val is not scored
     elif not masks:
         needed = revealed
     if split == "rendered" and args.data not in RENDERED:
@@ -1225,7 +1225,8 @@ class Workpiece:
     A third folder, rendered/, may hold synthetic pictures in the same form: images/* and masks/*.png; its own
     classes.txt, where there is one, must be the same. See data set solids.
 
-    Names are file names without suffix. Only classes.txt, images and what supervision needs must be there.
+    Names are file names without suffix. Only classes.txt, images and what supervision needs must be there;
+    val may be pictures alone, which are not scored.
     Tags come from the first of tags.json, boxes.json, points.json, scribbles, masks. Boxes, points, scribbles
     that are not there come from the masks: objects are the instances, else the connected regions of a class.
     """
@@ -1233,8 +1234,8 @@ class Workpiece:
     def __init__(self, root, split, train_list, wish):
         self.root, self.notes, folder = root / split, {}, root / split / "images"
         if not folder.is_dir():
-            raise DataError(f"there is no folder {folder}; put the {split} pictures there, or correct --root "
-                            "(python data.py export --layout workpiece shows the layout)")
+            raise DataError(f"there is no folder {folder}; put the {split} pictures there, one at least, or "
+                            "correct --root (python data.py export --layout workpiece shows the layout)")
         self.classes, self.pictures = read_classes(root / "classes.txt"), stems(folder, PICTURES)
         own = root / split / "classes.txt"
         if own.is_file() and read_classes(own) != self.classes:
@@ -1244,14 +1245,17 @@ class Workpiece:
         listed = split == "train" and train_list not in ("train", "train_aug")
         self.names = read_list(train_list, self.pictures) if listed else list(self.pictures)
         require(self.names, self.pictures, folder, f"mend {train_list}")
-        if not self.names: raise DataError(f"{folder} is empty; put the {split} pictures there")
+        if not self.names: raise DataError(f"{folder} is empty; put the {split} pictures there, one at least")
         self.files = {key: read_json(self.root / f"{key}.json") for key in ("tags", "boxes", "points")}
         self.files |= {key: stems(self.root / part) for key, part in
                        (("scribble", "scribbles"), ("mask", "masks"), ("instances", "instances"))}
         self.tags_from = next((key for key in FILES if self.files[key]), "tags")
         if self.tags_from != "tags": self.notes["tags"] = f"taken from {FILES[self.tags_from]}"
-        require(self.names, self.files[self.tags_from], f"{self.root} ({FILES[self.tags_from]})",
-                "every picture needs its tags there")
+        if split == "val" and not self.files[self.tags_from]:
+            self.notes["tags"] = "val has no labels: any class may be there, and nothing is scored"
+        else:
+            require(self.names, self.files[self.tags_from], f"{self.root} ({FILES[self.tags_from]})",
+                    "every picture needs its tags there")
         self.fields = find_fields(self.names, self.files, wish, self.notes, self.classes, self.root)
 
     def read(self, name):
@@ -1264,6 +1268,7 @@ class Workpiece:
         if "scribble" in wanted and name in self.files["scribble"]:
             s.scribble = read_scribble(self.files["scribble"][name], self.classes, s.image)
         s = complete(s, wanted, self.files, self.classes)
+        if not self.files[self.tags_from]: return changed(s, tags=np.ones(len(self.classes), bool))
         if self.tags_from == "tags":
             path = self.root / "tags.json"
             with reading(path, f"tags of {name} in", "write {\"name\": [class, ...], ...}"):

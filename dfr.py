@@ -681,6 +681,8 @@ def write_val(args, run, net, val_set):
 def evaluate(args, run):
     """Scores what write_val wrote; miou_fg is the mean over the classes without background [D12]."""
     truth = load(args, "val", masks=True, fields=("mask",))
+    if "mask" not in truth.fields:                                                    # own data may lack it
+        return
     learnt = load(args, "train", fields=() if args.supervision == "full" else ("scribble",))
 
     def result(stage, scales):
@@ -702,7 +704,8 @@ def draw_panel(args, run):
     truth, rows = load(args, "val", masks=True, fields=("mask",)), []
     for sample in (truth[i] for i in range(min(16, len(truth)))):
         labels = [read_label(run.path(stage, sample.name), truth.classes) for stage in ("val", "val_ms")]
-        rows.append([sample.image, *(overlay(sample.image, label) for label in (*labels, sample.mask))])
+        labels += [sample.mask] if hasattr(sample, "mask") else []
+        rows.append([sample.image, *(overlay(sample.image, label) for label in labels)])
     contact_sheet(run.path("panels", "val"), rows, ["image", "prediction", "multi-scale", "ground truth"])
 
 

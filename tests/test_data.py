@@ -690,8 +690,24 @@ def test_training_pictures_need_no_masks(work):
     scored = load(args("workpiece", work, "box"), "train", masks=True)
     assert "mask" not in scored.fields and not hasattr(scored[0], "mask") and "boxes" in scored.fields
     with pytest.raises(DataError, match="masks"): load(args("workpiece", work, "full"), "train")
+
+
+@pytest.mark.parametrize("supervision", ["box", "full"])
+def test_ones_own_val_pictures_need_no_labels(work, voc, supervision):
     shutil.rmtree(work / "val" / "masks")
-    with pytest.raises(DataError, match="masks"): load(args("workpiece", work, "box"), "val")
+    val = load(args("workpiece", work, supervision), "val")
+    assert "mask" not in val.fields and not hasattr(val[0], "mask") and not val[0].tags.all()
+    for path in list((work / "val").iterdir()):
+        if path.name != "images": shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for masks in (False, True):
+        val = load(args("workpiece", work, supervision), "val", masks, ("mask",))
+        assert val.fields == () and len(val) == 5 and val[0].tags.all() and "any class" in val.notes["tags"]
+    for folder in ("SegmentationClass", "SegmentationClassAug"): shutil.rmtree(voc / folder)
+    assert_error(lambda: load(args("voc", voc, "box"), "val"), "masks are needed")
+    for path in (work / "val" / "images").iterdir(): path.unlink()
+    assert_error(lambda: load(args("workpiece", work), "val"), "images is empty", "one at least")
+    (work / "val" / "images").rmdir()
+    assert_error(lambda: load(args("workpiece", work), "val"), "no folder", "val/images", "one at least")
 
 
 def test_a_picture_without_objects(work):

@@ -676,6 +676,15 @@ def test_says_that_scribbles_were_derived(folder, finished, tmp_path):
     assert all("derived" in entry["notes"]["scribble"] for entry in scores(tmp_path / "out"))
 
 
+def test_val_pictures_without_labels_are_predicted_and_not_scored(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "data")
+    for path in list((tmp_path / "data" / "val").iterdir()):
+        if path.name != "images": shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for _ in range(2): run_here(*command(tmp_path / "data", tmp_path / "out", "--seg-steps", 2))
+    assert len(list((tmp_path / "out" / "val_ms").glob("*.png"))) == 5
+    assert (tmp_path / "out/panels/val.png").exists() and not (tmp_path / "out/results.json").exists()
+
+
 def scores(out):
     """The stages of results.json without times and memory."""
     stages = json.loads((out / "results.json").read_text())["stages"]
