@@ -625,8 +625,9 @@ def learn_generators(args, run, aux_set):
                                   10 + number, net)
     if rank() == 0:
         run.note("generators.pt")
-        save_checkpoint(run.dir / "generators.pt", {"generators": [g.state_dict() for g in found],
-                                                    "args": plain_fields(args)})
+        save_checkpoint(run.dir / "generators.pt", {
+            "generators": [g.state_dict() for g in found], "args": plain_fields(args),
+            "data": args.aux or AUXILIARY[args.data], "classes": aux_set.classes})
     return found
 
 
@@ -648,6 +649,20 @@ def read_generators(args, device):
     for field in MADE:
         setattr(args, field, made[field])
     return found
+
+
+def generator_notes(args, target):
+    """What results.json says of a --generator that knows the target's own classes, or may: {topic: sentence}.
+
+    Allowed: with COCO as both, it is Table VII's LPG_coco.
+    """
+    state = read_state(args.generator) if args.generator else {"classes": []}
+    if "classes" not in state:
+        return {"generator": f"{args.generator} does not say whose true masks it was trained on"}
+    taken = {coco_name(name) for name in target.classes}
+    both = [name for name in state["classes"] if coco_name(name) in taken]
+    return {"generator": f"{args.generator} was trained on {state['data']}'s true masks of the target's own "
+                         f"{', '.join(both)}"} if both else {}
 
 
 # ── Label synthesis ─────────────────────────────────────────────────────────────────────────────────────────
@@ -709,10 +724,10 @@ def predict_val(args, run, net, val_set, number, last):
                     save_label(run.path("val_crf", name), Q.argmax(0))
 
 
-def evaluate_stage(args, run, stage, split, timed, controls=None, **values):
+def evaluate_stage(args, run, stage, split, timed, controls=None, notes=None, **values):
     """One entry of results.json. Only from here on are val masks, and those of weak labels' images, seen.
 
-    controls: {field: folder} whose mIoU is noted too
+    controls: {field: folder} whose mIoU is noted too; notes: beside those of the data set
     """
     if run.has(stage):
         return
@@ -729,8 +744,9 @@ def evaluate_stage(args, run, stage, split, timed, controls=None, **values):
         some = select(truth, names=truth.names[:args.probe])
         values["miou_probe"] = written(stage, some).miou()
         values["miou_blind"] = written(f"{stage}_blind", some).miou()
-    run.result(stage, written(stage), split=split, n_images=len(truth), uses_masks=True, notes=truth.notes,
-               seconds=round(sum(map(run.seconds, timed)), 1), **values)
+    run.result(stage, written(stage), split=split, n_images=len(truth), uses_masks=True,
+               notes={**truth.notes, **(notes or {})}, seconds=round(sum(map(run.seconds, timed)), 1),
+               **values)
 
 
 def draw_stages(args, run, split, columns):
@@ -854,7 +870,8 @@ def main():
         raise UserError(f"--classes {args.classes}: no picture of train, or none of val, shows one of them")
     aux_set = None if full or args.generator else auxiliary_set(args, train_set, val_set)
     run = Run(args, FIELDS)
-    generators = []
+    generators, notes = [], {} if full else generator_notes(args, train_set)
+    for sentence in notes.values(): run.say(sentence)
     if not full:
         write_boxes(run, "boxes", train_set)
         write_baselines(args, run, train_set)
@@ -872,19 +889,22 @@ def main():
             if number == N and args.probe:
                 few = select(train_set, names=train_set.names[:args.probe])
                 write_pseudo_masks(args, run, f"{folder}_blind", few, g, net, blind=True)
-            evaluate_stage(args, run, folder, "train", [folder], {"miou_eq1": f"{folder}_eq1"}, crf=False)
+            evaluate_stage(args, run, folder, "train", [folder], {"miou_eq1": f"{folder}_eq1"}, notes,
+                           crf=False)
         folder = write_semi(args, run, folder, train_set, truth) if semi else folder
         net = train_segmenter(args, run, f"segmenter_{number}", train_set, folder, number, net)
         if number:
             predict_val(args, run, net, val_set, number, number == N)
-            evaluate_stage(args, run, f"val_{number}", "val", [f"segmenter_{number}"], crf=False)
+            evaluate_stage(args, run, f"val_{number}", "val", [f"segmenter_{number}"], notes=notes,
+                           crf=False)
     if not run.has("val_crf"):
         columns = {"boxes": "boxes", "pseudo_crf": "CRF", "pseudo_grabcut": "GrabCut"}
         steps = range(1, N + 1)
         if not full:
             draw_stages(args, run, "train", columns | {f"pseudo_{n}": f"LPG, stage {n}" for n in steps})
         draw_stages(args, run, "val", {f"val_{n}": f"stage {n}" for n in steps} | {"val_crf": "with CRF"})
-        evaluate_stage(args, run, "val_crf", "val", [f"segmenter_{N}", f"val_{N}"], crf=True)
+        evaluate_stage(args, run, "val_crf", "val", [f"segmenter_{N}", f"val_{N}"], notes=notes,
+                       crf=True)
     run.table()
 
 

@@ -542,6 +542,31 @@ def test_generators_are_used_again_for_another_network(finished, folder, tmp_pat
     assert json.loads((tmp_path / "args.json").read_text())["gen_scale"] == 0.5
 
 
+def test_a_generator_that_knows_the_targets_classes_is_reported(finished, folder, tmp_path, capsys):
+    state = torch.load(finished / "generators.pt", weights_only=True)
+    aux = (folder / "aux" / "classes.txt").read_text().split()
+    assert state["classes"] == aux and state["data"] == "workpiece"
+
+    def noted(**changes):
+        kept = {key: value for key, value in {**state, **changes}.items() if value is not None}
+        torch.save(kept, tmp_path / "g.pt")
+        return lpg.generator_notes(arguments(generator=str(tmp_path / "g.pt")), target)
+    target = types.SimpleNamespace(classes=["tvmonitor", "sofa", "cow"])
+    assert noted(classes=["zebra", "bear"]) == {} == lpg.generator_notes(arguments(), target)
+    assert "coco's true masks of the target's own couch, tv" in noted(
+        classes=["zebra", "couch", "tv"], data="coco")["generator"], "VOC's and COCO's spelling"
+    assert "does not say" in noted(classes=None, data=None)["generator"], "a file of before"
+    own = (folder / "target" / "classes.txt").read_text().split()[:2]
+    torch.save({**state, "classes": [*aux, *own]}, tmp_path / "g.pt")
+    run_here(*command(folder, tmp_path / "out", "--generator", tmp_path / "g.pt", "--stages", 1))
+    said = capsys.readouterr().out
+    for s in stages(tmp_path / "out"):
+        sentence = s["notes"].get("generator", "")
+        assert sentence.endswith(", ".join(own)) == (s["stage"] in ("pseudo_1", "val_1", "val_crf"))
+        assert not sentence or sentence in said.splitlines(), "one line of its own"
+    assert not any("generator" in s["notes"] for s in stages(finished))
+
+
 ABLATIONS = {"fixed": "--generator-fixed", "without f": "--first-stage none --probe 0",
              "first": "--overlap first"}
 
