@@ -41,6 +41,8 @@ Departures   [D1] g sees RGB by ImageNet's mean and deviation; authors' code: BG
              [D14] f is not trained on the auxiliary set after the last E-step: no generator would see it
              [D15] presets: g smaller, on smaller images, at a larger rate; networks without pretrained
                   weights learn x1 in their last layer
+             [D16] CRF on the last stage's val predictions alone, as val_crf; val_1 … val_N are without (the
+                  paper does not say which of its numbers have one)
 """
 
 import copy
@@ -709,7 +711,7 @@ def write_semi(args, run, folder, train_set, truth):
 
 # ── Evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
 def predict_val(args, run, net, val_set, number, last):
-    """Predictions of one stage, of the last also with CRF.   Writes val_<number>/*.png and val_crf/*.png"""
+    """Predictions of one stage, of the last with CRF too [D16].   Writes val_<number>/*.png, val_crf/*.png"""
     plain = f"val_{number}"
     final = "val_crf" if last else plain
     with run.timed(plain):
