@@ -190,7 +190,7 @@ class Args:
     box_centre: float = 0.2
     """share of a box's area, in its middle, that is certainly its class (WSSL) [D11]"""
     grabcut_steps: int = 5
-    """iterations of GrabCut"""
+    """iterations of GrabCut, which runs on all training pictures; 0 = without it"""
     probe: int = 200
     """training pictures on which the last generator also runs with a probability channel of zeros"""
 
@@ -214,7 +214,8 @@ PHOTOS = dict(
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
-    "pseudo_crf": "data root train_list classes seed crf label_crf box_centre grabcut_steps",
+    "pseudo_crf": "data root train_list classes seed crf label_crf box_centre",
+    "pseudo_grabcut": "grabcut_steps",
     "aux_segmenter_0": "amp weights aux aux_root aux_classes aux_fraction first_stage backbone seg_stride "
                        "large_fov seg_rates seg_steps seg_batch seg_lr seg_crop seg_rescale momentum "
                        "weight_decay",
@@ -675,18 +676,25 @@ def write_boxes(run, folder, dataset):
         save_label(run.path(folder, name), filled_boxes(sample.boxes, *sample.image.shape[:2]))
 
 
-def write_baselines(args, run, dataset):
-    """Table III's dense CRF [D11], and GrabCut.   Writes pseudo_crf/*.png and pseudo_grabcut/*.png"""
-    with run.timed("pseudo_crf"), ThreadPoolExecutor(max(1, args.workers)) as pool:
-        for names in run.todo(dataset.names, "pseudo_crf", 16, "pseudo_crf", ("pseudo_grabcut",)):
+def write_box_crf(args, run, dataset):
+    """Table III's dense CRF on the boxes [D11].   Writes pseudo_crf/*.png"""
+    with run.timed("pseudo_crf"):
+        for names in run.todo(dataset.names, "pseudo_crf", 16, "pseudo_crf"):
             samples = [dataset[dataset.index(name)] for name in names]
-            cuts = pool.map(lambda s: grabcut_label(s.image, s.boxes, args.grabcut_steps), samples)
             unaries = [box_unaries(s.boxes, args.box_centre, *s.image.shape[:2]) for s in samples]
             refined = dense_crf([s.image for s in samples], [prob for _, prob in unaries], args.label_crf,
                                 args.crf, args.workers, run.device)
-            for name, cut, (classes, _), Q in zip(names, cuts, unaries, refined):
-                save_label(run.path("pseudo_grabcut", name), cut)
+            for name, (classes, _), Q in zip(names, unaries, refined):
                 save_label(run.path("pseudo_crf", name), np.array([0, *classes])[Q.argmax(0)])
+
+
+def write_grabcut(args, run, dataset):
+    """GrabCut in the boxes.   Writes pseudo_grabcut/*.png"""
+    with run.timed("pseudo_grabcut"), ThreadPoolExecutor(max(1, args.workers)) as pool:
+        for names in run.todo(dataset.names, "pseudo_grabcut", 16, "pseudo_grabcut"):
+            samples = [dataset[dataset.index(name)] for name in names]
+            cuts = pool.map(lambda s: grabcut_label(s.image, s.boxes, args.grabcut_steps), samples)
+            for name, cut in zip(names, cuts): save_label(run.path("pseudo_grabcut", name), cut)
 
 
 def write_pseudo_masks(args, run, folder, dataset, g, net, blind=False):
@@ -876,9 +884,14 @@ def main():
     for sentence in notes.values(): run.say(sentence)
     if not full:
         write_boxes(run, "boxes", train_set)
-        write_baselines(args, run, train_set)
-        evaluate_stage(args, run, "pseudo_crf", "train", ["pseudo_crf"], {"miou_boxes": "boxes"}, crf=True)
-        evaluate_stage(args, run, "pseudo_grabcut", "train", ["pseudo_crf"], crf=False)
+        boxes = {"miou_boxes": "boxes"}
+        if args.crf != "none":
+            write_box_crf(args, run, train_set)
+            evaluate_stage(args, run, "pseudo_crf", "train", ["pseudo_crf"], boxes, crf=True)
+        if args.grabcut_steps:
+            write_grabcut(args, run, train_set)
+            evaluate_stage(args, run, "pseudo_grabcut", "train", ["pseudo_grabcut"],
+                           {} if run.has("pseudo_crf") else boxes, crf=False)
         if aux_set: run.say(f"auxiliary set: {len(aux_set)} pictures, {aux_set.classes}")
         generators = (read_generators(args, run.device) if args.generator else
                       learn_generators(args, run, aux_set))
@@ -900,7 +913,8 @@ def main():
             evaluate_stage(args, run, f"val_{number}", "val", [f"segmenter_{number}"], notes=notes,
                            crf=False)
     if not run.has("val_crf"):
-        columns = {"boxes": "boxes", "pseudo_crf": "CRF", "pseudo_grabcut": "GrabCut"}
+        columns = {"boxes": "boxes", **({"pseudo_crf": "CRF"} if args.crf != "none" else {}),
+                   **({"pseudo_grabcut": "GrabCut"} if args.grabcut_steps else {})}
         steps = range(1, N + 1)
         if not full:
             draw_stages(args, run, "train", columns | {f"pseudo_{n}": f"LPG, stage {n}" for n in steps})

@@ -567,6 +567,22 @@ def test_a_generator_that_knows_the_targets_classes_is_reported(finished, folder
     assert not any("generator" in s["notes"] for s in stages(finished))
 
 
+@pytest.mark.parametrize("flags, left", [
+    ("--grabcut-steps 0", ["pseudo_crf"]), ("--crf none", ["pseudo_grabcut"]),
+    ("--crf none --grabcut-steps 0", [])])
+def test_baselines_are_left_out(finished, folder, tmp_path, monkeypatch, flags, left):
+    """What does not run is no stage and no column; without a CRF its arg-max of ties is no result."""
+    sheets = []
+    monkeypatch.setattr(lpg, "contact_sheet", lambda file, rows, titles: sheets.append(titles))
+    run_here(*command(folder, tmp_path, "--generator", finished / "generators.pt", "--stages", 1,
+                      "--gen-scale", 0.5, *flags.split()))
+    assert [s["stage"] for s in stages(tmp_path)] == [*left, "pseudo_1", "val_1", "val_crf"]
+    assert ["miou_boxes" in s for s in stages(tmp_path)][:len(left)] == [True] * len(left)
+    titles = {"pseudo_crf": "CRF", "pseudo_grabcut": "GrabCut"}
+    assert sheets[0] == ["image", "boxes", *map(titles.get, left), "LPG, stage 1", "ground truth"]
+    assert [name for name in titles if (tmp_path / name).exists()] == left
+
+
 ABLATIONS = {"fixed": "--generator-fixed", "without f": "--first-stage none --probe 0",
              "first": "--overlap first"}
 
