@@ -722,13 +722,14 @@ def predict_val(args, run, net, val_set, number, last):
     """Predictions of one stage, of the last with CRF too [D16].   Writes val_<number>/*.png, val_crf/*.png"""
     plain = f"val_{number}"
     final = "val_crf" if last else plain
-    with run.timed(plain):
-        for names in run.todo(val_set.names, final, 16):
+    for names in run.todo(val_set.names, final, 16):
+        with run.timed(plain):
             images = [val_set[val_set.index(name)].image for name in names]
             probs = [predict(net, image, run.device) for image in images]
             for name, prob in zip(names, probs):
                 save_label(run.path(plain, name), prob.argmax(0))
-            if last:
+        if last:
+            with run.timed("val_crf"):
                 refined = dense_crf(images, probs, args.seg_crf, args.crf, args.workers, run.device)
                 for name, Q in zip(names, refined):
                     save_label(run.path("val_crf", name), Q.argmax(0))
@@ -737,7 +738,8 @@ def predict_val(args, run, net, val_set, number, last):
 def evaluate_stage(args, run, stage, split, timed, controls=None, notes=None, **values):
     """One entry of results.json. Only from here on are val masks, and those of weak labels' images, seen.
 
-    controls: {field: folder} whose mIoU is noted too; notes: beside those of the data set
+    timed: the work whose seconds are this entry's; controls: {field: folder} whose mIoU is noted too; notes:
+    beside those of the data set
     """
     if run.has(stage):
         return
@@ -910,8 +912,8 @@ def main():
         net = train_segmenter(args, run, f"segmenter_{number}", train_set, folder, number, net)
         if number:
             predict_val(args, run, net, val_set, number, number == N)
-            evaluate_stage(args, run, f"val_{number}", "val", [f"segmenter_{number}"], notes=notes,
-                           crf=False)
+            timed = [f"segmenter_{number}", f"val_{number}"]
+            evaluate_stage(args, run, f"val_{number}", "val", timed, notes=notes, crf=False)
     if not run.has("val_crf"):
         columns = {"boxes": "boxes", **({"pseudo_crf": "CRF"} if args.crf != "none" else {}),
                    **({"pseudo_grabcut": "GrabCut"} if args.grabcut_steps else {})}
@@ -919,8 +921,7 @@ def main():
         if not full:
             draw_stages(args, run, "train", columns | {f"pseudo_{n}": f"LPG, stage {n}" for n in steps})
         draw_stages(args, run, "val", {f"val_{n}": f"stage {n}" for n in steps} | {"val_crf": "with CRF"})
-        evaluate_stage(args, run, "val_crf", "val", [f"segmenter_{N}", f"val_{N}"], notes=notes,
-                       crf=True)
+        evaluate_stage(args, run, "val_crf", "val", ["val_crf"], notes=notes, crf=True)
     run.table()
 
 

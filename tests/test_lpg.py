@@ -505,6 +505,15 @@ def test_runs_all_stages(finished, folder):
     assert any((kept[0][k] != v).any() for k, v in last.items()), "a generator of each stage"
 
 
+def test_each_stage_has_the_seconds_of_its_own_work(finished):
+    spent = json.loads((finished / "state.json").read_text())["seconds"]
+    work = {"val_1": ["segmenter_1", "val_1"], "val_2": ["segmenter_2", "val_2"]}
+    for s in stages(finished):
+        own = [spent[part] for part in work.get(s["stage"], [s["stage"]])]
+        assert min(own) > 0 and abs(s["seconds"] - sum(own)) < 0.06, s["stage"]
+    assert sum(s["seconds"] for s in stages(finished)) <= sum(spent.values()) + 0.35, "nothing twice"
+
+
 def test_the_same_command_again_does_nothing(finished, folder):
     before, numbers = contents(finished, *LABELS, *VAL), scores(finished)
     times = {f: f.stat().st_mtime_ns for f in finished.rglob("*.png")}
