@@ -43,6 +43,8 @@ Departures   [D1] g sees RGB by ImageNet's mean and deviation; authors' code: BG
                   weights learn x1 in their last layer
              [D16] CRF on the last stage's val predictions alone, as val_crf; val_1 … val_N are without (the
                   paper does not say which of its numbers have one)
+             [D17] auxiliary pixels that are 255 in their mask (COCO's crowds, VOC's borders) are 255 in f's
+                  labels; a picture without boxes (crowds alone) is no item for g (paper silent)
 """
 
 import copy
@@ -563,21 +565,36 @@ def read_prob(path, c, size):
     return (254 * prob).round().clamp(0, 254).byte().numpy()
 
 
+class WithBoxes(torch.utils.data.Dataset):
+    """Of a picture without boxes, such as COCO's of crowds alone, the next one that has some."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        for place in range(i, i + len(self)):
+            sample = self.dataset[place % len(self)]
+            if len(sample.boxes): return sample
+        raise UserError("no auxiliary picture has a box; choose others by --aux and --aux-classes")
+
+
 def generator_augment(args, folder):
     """An image and one of its classes [D3]: mask = y^p, pseudo = y^b, seed = f's probability, 254 = 1.
 
     folder: f's probabilities, None = without. Padding is background (authors' code).
     """
     def augment(sample, rng):
-        classes, seen = np.unique(sample.boxes[:, 0]).astype(int), np.zeros(sample.image.shape[:2], np.uint8)
-        c = int(rng.choice(classes)) if len(classes) else 0
-        if folder and c:
+        seen, c = np.zeros(sample.image.shape[:2], np.uint8), int(rng.choice(np.unique(sample.boxes[:, 0])))
+        if folder:
             seen = read_prob(folder / f"{sample.name}.npz", c, seen.shape)
         s = changed(sample, seed=seen, boxes=sample.boxes[sample.boxes[:, 0] == c])
         s = rescale(s, args.gen_scale * rng.uniform(*args.gen_rescale))
         s = crop(flip(s) if rng.random() < 0.5 else s, args.gen_crop, rng)
         inside = s.seed != 255
-        target = np.where(s.mask == 255, 255, (s.mask == c) & (c > 0))
+        target = np.where(s.mask == 255, 255, s.mask == c)
         y_b = box_maps(s.boxes, *inside.shape)[1].sum(0)        # of one class, or of none
         return normalise(Sample(
             name=s.name, image=s.image, tags=s.tags, pseudo=y_b.astype(np.uint8), seed=s.seed * inside,
@@ -595,7 +612,8 @@ def train_generator(args, run, number, aux_set, folder, g=None):
     optim = torch.optim.Adam(g.parameters(), lr=args.gen_lr, betas=(0.9, 0.999),
                              weight_decay=args.gen_weight_decay)
     augment = generator_augment(args, run.dir / folder if folder else None)
-    draws, schedule = Draws(aux_set, augment, 1000 * args.seed + 100 + number), poly(args.gen_steps)    # [D4]
+    draws = Draws(WithBoxes(aux_set), augment, 1000 * args.seed + 100 + number)
+    schedule = poly(args.gen_steps)                             # [D4]
     for step, batch in run.steps(stage, draws, args.gen_steps, args.gen_batch, g, optim, schedule):
         with run.autocast():
             logits = eq3_generate(ddp, batch.image, batch.pseudo, batch.seed / 254)
@@ -669,11 +687,17 @@ def generator_notes(args, target):
 
 
 # ── Label synthesis ─────────────────────────────────────────────────────────────────────────────────────────
+def without_void(label, sample):
+    """On the auxiliary set, where masks are known: no label where the mask has none.   [D17]"""
+    return np.where(sample.mask == 255, np.uint8(255), label) if hasattr(sample, "mask") else label
+
+
 def write_boxes(run, folder, dataset):
     """The first labels, filled boxes.   Writes <folder>/*.png"""
     for (name,) in run.todo(dataset.names, folder):
         sample = dataset[dataset.index(name)]
-        save_label(run.path(folder, name), filled_boxes(sample.boxes, *sample.image.shape[:2]))
+        label = filled_boxes(sample.boxes, *sample.image.shape[:2])
+        save_label(run.path(folder, name), without_void(label, sample))
 
 
 def write_box_crf(args, run, dataset):
@@ -705,7 +729,7 @@ def write_pseudo_masks(args, run, folder, dataset, g, net, blind=False):
             with run.autocast():
                 label, alone = pseudo_masks(g, net, sample, args.overlap, args.gen_scale, run.device, blind)
             save_label(run.path(f"{folder}_eq1", name), alone)
-            save_label(run.path(folder, name), label)
+            save_label(run.path(folder, name), without_void(label, sample))
 
 
 def write_semi(args, run, folder, train_set, truth):

@@ -1,5 +1,6 @@
 """lpg.py: each equation against an authority, boxes, data sets, the script on a few scenes."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,7 +18,7 @@ import lpg
 from common import UserError, poly
 from conftest import kill_when, sh
 from data import (
-    REVEALS, DataError, Draws, Sample, collate, derive, draw_scene, export, export_workpiece, load,
+    REVEALS, DataError, Dataset, Draws, Sample, collate, derive, draw_scene, export, export_workpiece, load,
     read_image, read_label)
 
 torch.set_num_threads(1)
@@ -273,10 +274,37 @@ def test_the_items_of_the_generator(tmp_path):
         wanted = lpg.cells_to_pixels(grid, 4, s.mask.shape)
         assert abs(item.seed.sum() / 254 - wanted.sum()) < 0.01 * wanted.sum() and item.seed.max() <= 254
     assert chosen == set(classes), "all classes are drawn"
-    nothing = Sample(**{**vars(s), "boxes": boxes(), "mask": 0 * s.mask})
-    item = lpg.generator_augment(args, tmp_path)(nothing, np.random.default_rng(0))
-    assert not item.mask.any() and not item.pseudo.any() and not item.seed.any()
     assert not lpg.generator_augment(args, None)(s, np.random.default_rng(0)).seed.any(), "without f"
+
+
+def test_the_generator_draws_no_picture_without_boxes():
+    empty = Sample(**{**vars(scene()), "boxes": boxes()})
+    pictures = lpg.WithBoxes([scene(0), empty, empty, scene(2)])
+    assert [pictures[i].name for i in range(len(pictures))] == [scene(i).name for i in (0, 2, 2, 2)]
+    args, items = arguments(), []
+    args.gen_steps, run = 8, types.SimpleNamespace(device="cpu", dir=None, reseed=lambda stage: None)
+    run.steps = lambda stage, draws, *more: items.extend(draws[i].name for i in range(12)) or ()
+    lpg.train_generator(args, run, 1, [scene(0), empty, empty, scene(2)], None, generator())
+    assert {*items} == {scene(0).name, scene(2).name}
+    with pytest.raises(UserError, match="no auxiliary picture has a box"): lpg.WithBoxes([empty])[0]
+
+
+def test_what_the_auxiliary_mask_does_not_tell_is_no_label_for_f(tmp_path):
+    """COCO's crowds; the target's samples have no mask, and all pixels a label."""
+    s, written = several(), {}
+    s.mask[:9], s.mask[40:50, 30:60] = 255, 255
+    run = types.SimpleNamespace(
+        todo=lambda names, *more, **kinds: ([name] for name in names), device="cpu",
+        timed=lambda stage: contextlib.nullcontext(), autocast=contextlib.nullcontext,
+        path=lambda folder, name: tmp_path / f"{folder}.png")
+    for fields in (("boxes", "mask"), ("boxes",)):
+        source = types.SimpleNamespace(names=[s.name], classes=[], notes={}, fields=fields, read=lambda n: s)
+        lpg.write_boxes(run, "boxes", Dataset(source))
+        lpg.write_pseudo_masks(arguments(), run, "pseudo", Dataset(source), generator(), None)
+        written[fields] = [read_label(tmp_path / f"{folder}.png", 8) for folder in ("boxes", "pseudo")]
+    for known, plain in zip(*written.values()):
+        void = s.mask == 255
+        assert (known[void] == 255).all() and (known == plain)[~void].all() and plain.max() <= 8
 
 
 @pytest.mark.parametrize("supervision", ["box", "semi", "full"])
