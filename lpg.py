@@ -25,7 +25,8 @@ Departures   [D1] g sees RGB by ImageNet's mean and deviation; authors' code: BG
              [D3] an item for g is an image and one of its classes, drawn at random (paper silent)
              [D4] the rate of g decays with each step; authors' code: every 50 steps
              [D5] first stage: f learned on filled boxes (text); authors' code: no f (--first-stage none).
-                  Here that is a channel of zeros in the same network
+                  Here that is a channel of zeros in the same network, and not for --generator-fixed, whose
+                  generator was trained with f
              [D6] where filled boxes of several classes overlap, the smaller box wins (paper silent)
              [D7] equal overlap rates: the class listed first (paper silent)
              [D8] LargeFOV starts from VGG16, its fc6 and fc7 thinned out as by DeepLab; the authors' file
@@ -890,7 +891,11 @@ def settle_args(args):
                         "value a process; give two images a process, or a larger crop")
     make_deeplab(args.backbone, args.weights, args.seg_stride, args.large_fov, args.seg_rates, 1)
     if args.generator:
-        read_generators(args, "cpu")
+        read_generators(args, "cpu")                            # which may change --first-stage
+    if args.generator_fixed and args.first_stage == "none" and args.stages > 1:                # [D5]
+        raise UserError("--generator-fixed --first-stage none: the last generator was trained with f's "
+                        "probability, and stage 1 has no f; take --first-stage box (or a --generator made "
+                        "with it), or leave --generator-fixed out")
 
 
 def main():

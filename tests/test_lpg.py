@@ -421,6 +421,19 @@ def test_open_fields_get_table_1():
             lpg.settle_args(arguments(**changes))
 
 
+def test_the_last_generator_is_not_used_without_the_probability_it_was_trained_with(tmp_path):
+    """Table II's fixed generator, where the first has no f: in the flags, or in the file's."""
+    for changes in (dict(stages=1), dict(generator_fixed=False), dict(first_stage="box")):
+        lpg.settle_args(arguments(**{"generator_fixed": True, "first_stage": "none", **changes}))
+    with pytest.raises(UserError, match="leave --generator-fixed out"):
+        lpg.settle_args(arguments(generator_fixed=True, first_stage="none"))
+    made = arguments(hg_dims=(8, 8, 8), hg_modules=(1, 1, 1), hg_features=8, first_stage="none")
+    torch.save({"generators": [generator().state_dict()] * 3,
+                "args": {field: getattr(made, field) for field in lpg.MADE}}, tmp_path / "g.pt")
+    with pytest.raises(UserError, match="leave --generator-fixed out"):
+        lpg.settle_args(arguments(generator_fixed=True, generator=str(tmp_path / "g.pt")))
+
+
 # ---------------------------------------------------------------- learns
 
 
