@@ -352,10 +352,14 @@ def make_deeplab(backbone, weights, stride, large_fov, rates, classes):
     net = make_backbone(backbone, weights, stride, pretrained(backbone, weights))
     if backbone != "vgg16":
         return DeepLab(net, ASPP(net.channels[-1], classes + 1, rates))
-    head, state = LargeFOVVGG(net.channels[-1], classes + 1, large_fov), {}
-    if weights != "none":
+    head = LargeFOVVGG(net.channels[-1], classes + 1, large_fov)
+    if weights != "none":                                       # 7x7, 4096 -> 3x3, 1024 channels
         state = imagenet_weights("vgg16") if weights == "imagenet" else read_state(weights)
-    if "classifier.0.weight" in state:                          # 7x7, 4096 -> 3x3, 1024 channels
+        missing = [key for key in (f"classifier.{i}.{part}" for i in (0, 3) for part in ("weight", "bias"))
+                   if key not in state]
+        if missing:
+            raise UserError(f"weights {weights} have no {', '.join(missing)}, where fc6 and fc7 start from; "
+                            "give torchvision's whole vgg16, or --weights imagenet")
         fc6, fc7 = (state[f"classifier.{i}.weight"][::4] for i in (0, 3))
         fc6, fc7 = fc6.view(1024, 512, 7, 7)[:, :, ::3, ::3], fc7[:, ::4, None, None]
         head[2].load_state_dict({"weight": fc6, "bias": state["classifier.0.bias"][::4]})

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
 import lpg
 from common import UserError, poly
@@ -405,6 +406,16 @@ def test_fc6_and_fc7_are_thinned_out(monkeypatch):
     assert head[2].weight[5, 7].tolist() == [[7 * 49 + 7 * y + x for x in (0, 3, 6)] for y in (0, 3, 6)]
     assert head[2].bias[3] == 12 and head[5].weight[0, 2, 0, 0] == 8
     assert head[8].weight.shape == (21, 1024, 1, 1)
+
+
+def test_vgg16_weights_without_fc6_and_fc7_are_refused(tmp_path):
+    """What many libraries call VGG-16 ends at conv5_3."""
+    with torch.device("meta"): shapes = torchvision.models.vgg16().features.state_dict()
+    features = {f"features.{key}": torch.zeros(1).expand(value.shape) for key, value in shapes.items()}
+    torch.save(features, tmp_path / "features.pth")
+    with pytest.raises(UserError, match=r"features\.pth have no classifier\.0\.weight, classifier\.0\.bias"):
+        lpg.settle_args(lpg.Args(weights=str(tmp_path / "features.pth")))
+    lpg.settle_args(lpg.Args(weights="none"))
 
 
 def test_open_fields_get_table_1():
