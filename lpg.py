@@ -17,6 +17,8 @@ Commands     python lpg.py                              # embedded shapes, made 
              python lpg.py --data voc --backbone resnet101 --generator runs/lpg-voc-box-s0/generators.pt \
                  --out runs/lpg-r101-vgg                                                 # paper: 72.9 val
              python lpg.py --data coco --classes not-voc --aux voc --aux-root data/voc   # Table VII, LPG_voc
+             python lpg.py --data coco --classes not-voc --generator runs/lpg-voc-box-s0/generators.pt \
+                 --out runs/lpg-coco                                                     # Table VII, LPG_coco
              python lpg.py --generator-fixed --reuse runs/lpg-shapes-box-s0 --out runs/lpg-fixed    # Table II
              python lpg.py --predict photos/ --checkpoint runs/lpg-voc-box-s0/segmenter_3.pt
 Departures   [D1] g sees RGB by ImageNet's mean and deviation; authors' code: BGR minus the mean
@@ -250,9 +252,10 @@ def repeated(channels, number):
 
 
 class Level(nn.Module):
-    """One level of the Hourglass and all below it.   (B,dims[0],h,w) -> the same, h and w even
+    """One level of the Hourglass and all below it.   (B,dims[0],h,w) -> the same
 
-    dims, modules: channels and residual blocks of this level and of those below.
+    dims, modules: channels and residual blocks of this level and of those below. h and w: multiples of
+    2^(levels − 1), levels = len(dims).
     """
 
     def __init__(self, dims, modules):

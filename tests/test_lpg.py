@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
+import shlex
 import shutil
 import sys
 import types
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 import torchvision
 
 import lpg
-from common import UserError, poly
+from common import UserError, parse_args, poly
 from conftest import kill_when, sh
 from data import (
     REVEALS, DataError, Dataset, Draws, Sample, collate, derive, draw_scene, export, export_workpiece, load,
@@ -626,6 +628,27 @@ def test_a_generator_that_knows_the_targets_classes_is_reported(finished, folder
         assert sentence.endswith(", ".join(own)) == (s["stage"] in ("pseudo_1", "val_1", "val_crf"))
         assert not sentence or sentence in said.splitlines(), "one line of its own"
     assert not any("generator" in s["notes"] for s in stages(finished))
+
+
+def test_table_7s_row_lpg_coco_passes_the_checks(finished, tmp_path):
+    """The docstring's command, COCO's generators on COCO, up to the training; on scenes in COCO's layout."""
+    line = re.search(r"python lpg\.py (--data coco[^#]+)# Table VII, LPG_coco", lpg.__doc__).group(1)
+    export("shapes", "coco", str(tmp_path), n=4)
+    for file in (tmp_path / "annotations").glob("*.json"):
+        table = json.loads(file.read_text())
+        for category, name in zip(table["categories"], ("person", "zebra")): category["name"] = name
+        file.write_text(json.dumps(table))
+    state = torch.load(finished / "generators.pt", weights_only=True)
+    torch.save({**state, "generators": [state["generators"][0]] * 3, "data": "coco", "classes": ["zebra"]},
+               tmp_path / "g.pt")
+    given = ["--root", tmp_path, "--generator", tmp_path / "g.pt", "--weights", "none"]
+    args = parse_args(lpg.Args, lpg.__doc__, {"shapes": lpg.SHAPES, "photos": lpg.PHOTOS},
+                      [*shlex.split(line.replace("\\\n", " ")), *map(str, given)])
+    lpg.settle_args(args)
+    target, val = lpg.target_set(args, "train"), lpg.target_set(args, "val")
+    assert len(target) and len(val) and "person" not in target.classes and len(target.classes) == 7
+    sentence = lpg.generator_notes(args, target)["generator"]
+    assert sentence.endswith("coco's true masks of the target's own zebra")
 
 
 @pytest.mark.parametrize("flags, left", [
