@@ -48,6 +48,8 @@ Departures   [D1] g sees RGB by ImageNet's mean and deviation; authors' code: BG
                   paper does not say which of its numbers have one)
              [D17] auxiliary pixels that are 255 in their mask (COCO's crowds, VOC's borders) are 255 in f's
                   labels; a picture without boxes (crowds alone) is no item for g (paper silent)
+             [D18] weight decay on f's biases too; DeepLab's published recipe, which the paper follows, has
+                  none on them (decay_mult 0). What the authors' code does is not settled
 """
 
 import copy
@@ -535,7 +537,7 @@ def train_segmenter(args, run, stage, dataset, folder, number, net=None):
     last = net.head[-1] if args.backbone == "vgg16" else net.head
     new = [last] if pretrained(args.backbone, args.weights) else []                     # [D15]
     optim = torch.optim.SGD(group_rates(net, new, args.seg_lr, args.weight_decay), lr=args.seg_lr,
-                            momentum=args.momentum)                                     # [D9]
+                            momentum=args.momentum)                                     # [D9] [D18]
     labelled = with_labels(dataset, pseudo=run.dir / folder) if folder else dataset
     draws, schedule = Draws(labelled, augment, 1000 * args.seed + number), poly(args.seg_steps)
     for step, batch in run.steps(stage, draws, args.seg_steps, args.seg_batch, net, optim, schedule):

@@ -392,7 +392,7 @@ def test_four_groups_of_rates(backbone, last):
         if p.requires_grad:
             wanted = 1e-3 * (10 if name.startswith(last) else 1) * (2 if name.endswith("bias") else 1)
             assert abs(rates[id(p)] - wanted) < 1e-9, name
-    assert len(groups) == 4
+    assert len(groups) == 4 and all(group["weight_decay"] == 5e-4 for group in groups), "biases too [D18]"
 
 
 def test_fc6_and_fc7_are_thinned_out(monkeypatch):
