@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 
 import lpg
@@ -175,11 +174,11 @@ def scene(index=3):
 
 
 class Fake(torch.nn.Module):
-    """A segmentation network whose scores are given: (1,K+1,h,w) whatever the image."""
+    """A segmentation network of stride 4 whose scores are given: (1,K+1,h,w) whatever the image."""
 
     def __init__(self, scores):
         super().__init__()
-        self.scores = scores
+        self.scores, self.backbone = scores, types.SimpleNamespace(strides=[4])
 
     def forward(self, x):
         return self.scores
@@ -236,7 +235,7 @@ def test_the_probability_channel_is_the_class_of_the_boxes_and_may_be_blinded():
     scores = torch.from_numpy(np.random.default_rng(1).normal(0, 2, (1, 9, 20, 20))).float()
     for blind in (False, True): lpg.pseudo_masks(g, Fake(scores), s, "rate", 1.0, "cpu", blind)
     classes = lpg.box_maps(s.boxes, 8, 8)[0]
-    wanted = F.interpolate(scores.softmax(1)[:, classes], s.image.shape[:2], mode="bilinear")[0]
+    wanted = lpg.cells_to_pixels(scores.softmax(1)[:, classes], 4, s.image.shape[:2])[0]
     assert close(seen[0], wanted, 1e-4) and (seen[1] == 0).all()
 
 
