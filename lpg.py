@@ -17,6 +17,8 @@ Commands     python lpg.py                              # embedded shapes, made 
              python lpg.py --data voc --backbone resnet101 --generator runs/lpg-voc-box-s0/generators.pt \
                  --out runs/lpg-r101-vgg                                                 # paper: 72.9 val
              python lpg.py --data coco --classes not-voc --aux voc --aux-root data/voc   # Table VII, LPG_voc
+             python lpg.py --data coco --classes not-voc --generator runs/lpg-voc-box-s0/generators.pt \
+                 --out runs/lpg-coco                                                     # Table VII, LPG_coco
              python lpg.py --generator-fixed --reuse runs/lpg-shapes-box-s0 --out runs/lpg-fixed    # Table II
              python lpg.py --predict photos/ --checkpoint runs/lpg-voc-box-s0/segmenter_3.pt
 Departures   [D1] g sees RGB by ImageNet's mean and deviation; authors' code: BGR minus the mean
@@ -25,7 +27,8 @@ Departures   [D1] g sees RGB by ImageNet's mean and deviation; authors' code: BG
              [D3] an item for g is an image and one of its classes, drawn at random (paper silent)
              [D4] the rate of g decays with each step; authors' code: every 50 steps
              [D5] first stage: f learned on filled boxes (text); authors' code: no f (--first-stage none).
-                  Here that is a channel of zeros in the same network
+                  Here that is a channel of zeros in the same network, and not for --generator-fixed, whose
+                  generator was trained with f
              [D6] where filled boxes of several classes overlap, the smaller box wins (paper silent)
              [D7] equal overlap rates: the class listed first (paper silent)
              [D8] LargeFOV starts from VGG16, its fc6 and fc7 thinned out as by DeepLab; the authors' file
@@ -41,6 +44,12 @@ Departures   [D1] g sees RGB by ImageNet's mean and deviation; authors' code: BG
              [D14] f is not trained on the auxiliary set after the last E-step: no generator would see it
              [D15] presets: g smaller, on smaller images, at a larger rate; networks without pretrained
                   weights learn x1 in their last layer
+             [D16] CRF on the last stage's val predictions alone, as val_crf; val_1 … val_N are without (the
+                  paper does not say which of its numbers have one)
+             [D17] auxiliary pixels that are 255 in their mask (COCO's crowds, VOC's borders) are 255 in f's
+                  labels; a picture without boxes (crowds alone) is no item for g (paper silent)
+             [D18] weight decay on f's biases too; DeepLab's published recipe, which the paper follows, has
+                  none on them (decay_mult 0). What the authors' code does is not settled
 """
 
 import copy
@@ -188,7 +197,7 @@ class Args:
     box_centre: float = 0.2
     """share of a box's area, in its middle, that is certainly its class (WSSL) [D11]"""
     grabcut_steps: int = 5
-    """iterations of GrabCut"""
+    """iterations of GrabCut, which runs on all training pictures; 0 = without it"""
     probe: int = 200
     """training pictures on which the last generator also runs with a probability channel of zeros"""
 
@@ -212,7 +221,8 @@ PHOTOS = dict(
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
-    "pseudo_crf": "data root train_list classes seed crf label_crf box_centre grabcut_steps",
+    "pseudo_crf": "data root train_list classes seed crf label_crf box_centre",
+    "pseudo_grabcut": "grabcut_steps",
     "aux_segmenter_0": "amp weights aux aux_root aux_classes aux_fraction first_stage backbone seg_stride "
                        "large_fov seg_rates seg_steps seg_batch seg_lr seg_crop seg_rescale momentum "
                        "weight_decay",
@@ -244,9 +254,10 @@ def repeated(channels, number):
 
 
 class Level(nn.Module):
-    """One level of the Hourglass and all below it.   (B,dims[0],h,w) -> the same, h and w even
+    """One level of the Hourglass and all below it.   (B,dims[0],h,w) -> the same
 
-    dims, modules: channels and residual blocks of this level and of those below.
+    dims, modules: channels and residual blocks of this level and of those below. h and w: multiples of
+    2^(levels − 1), levels = len(dims).
     """
 
     def __init__(self, dims, modules):
@@ -346,10 +357,14 @@ def make_deeplab(backbone, weights, stride, large_fov, rates, classes):
     net = make_backbone(backbone, weights, stride, pretrained(backbone, weights))
     if backbone != "vgg16":
         return DeepLab(net, ASPP(net.channels[-1], classes + 1, rates))
-    head, state = LargeFOVVGG(net.channels[-1], classes + 1, large_fov), {}
-    if weights != "none":
+    head = LargeFOVVGG(net.channels[-1], classes + 1, large_fov)
+    if weights != "none":                                       # 7x7, 4096 -> 3x3, 1024 channels
         state = imagenet_weights("vgg16") if weights == "imagenet" else read_state(weights)
-    if "classifier.0.weight" in state:                          # 7x7, 4096 -> 3x3, 1024 channels
+        missing = [key for key in (f"classifier.{i}.{part}" for i in (0, 3) for part in ("weight", "bias"))
+                   if key not in state]
+        if missing:
+            raise UserError(f"weights {weights} have no {', '.join(missing)}, where fc6 and fc7 start from; "
+                            "give torchvision's whole vgg16, or --weights imagenet")
         fc6, fc7 = (state[f"classifier.{i}.weight"][::4] for i in (0, 3))
         fc6, fc7 = fc6.view(1024, 512, 7, 7)[:, :, ::3, ::3], fc7[:, ::4, None, None]
         head[2].load_state_dict({"weight": fc6, "bias": state["classifier.0.bias"][::4]})
@@ -522,7 +537,7 @@ def train_segmenter(args, run, stage, dataset, folder, number, net=None):
     last = net.head[-1] if args.backbone == "vgg16" else net.head
     new = [last] if pretrained(args.backbone, args.weights) else []                     # [D15]
     optim = torch.optim.SGD(group_rates(net, new, args.seg_lr, args.weight_decay), lr=args.seg_lr,
-                            momentum=args.momentum)                                     # [D9]
+                            momentum=args.momentum)                                     # [D9] [D18]
     labelled = with_labels(dataset, pseudo=run.dir / folder) if folder else dataset
     draws, schedule = Draws(labelled, augment, 1000 * args.seed + number), poly(args.seg_steps)
     for step, batch in run.steps(stage, draws, args.seg_steps, args.seg_batch, net, optim, schedule):
@@ -560,21 +575,36 @@ def read_prob(path, c, size):
     return (254 * prob).round().clamp(0, 254).byte().numpy()
 
 
+class WithBoxes(torch.utils.data.Dataset):
+    """Of a picture without boxes, such as COCO's of crowds alone, the next one that has some."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        for place in range(i, i + len(self)):
+            sample = self.dataset[place % len(self)]
+            if len(sample.boxes): return sample
+        raise UserError("no auxiliary picture has a box; choose others by --aux and --aux-classes")
+
+
 def generator_augment(args, folder):
     """An image and one of its classes [D3]: mask = y^p, pseudo = y^b, seed = f's probability, 254 = 1.
 
     folder: f's probabilities, None = without. Padding is background (authors' code).
     """
     def augment(sample, rng):
-        classes, seen = np.unique(sample.boxes[:, 0]).astype(int), np.zeros(sample.image.shape[:2], np.uint8)
-        c = int(rng.choice(classes)) if len(classes) else 0
-        if folder and c:
+        seen, c = np.zeros(sample.image.shape[:2], np.uint8), int(rng.choice(np.unique(sample.boxes[:, 0])))
+        if folder:
             seen = read_prob(folder / f"{sample.name}.npz", c, seen.shape)
         s = changed(sample, seed=seen, boxes=sample.boxes[sample.boxes[:, 0] == c])
         s = rescale(s, args.gen_scale * rng.uniform(*args.gen_rescale))
         s = crop(flip(s) if rng.random() < 0.5 else s, args.gen_crop, rng)
         inside = s.seed != 255
-        target = np.where(s.mask == 255, 255, (s.mask == c) & (c > 0))
+        target = np.where(s.mask == 255, 255, s.mask == c)
         y_b = box_maps(s.boxes, *inside.shape)[1].sum(0)        # of one class, or of none
         return normalise(Sample(
             name=s.name, image=s.image, tags=s.tags, pseudo=y_b.astype(np.uint8), seed=s.seed * inside,
@@ -592,7 +622,8 @@ def train_generator(args, run, number, aux_set, folder, g=None):
     optim = torch.optim.Adam(g.parameters(), lr=args.gen_lr, betas=(0.9, 0.999),
                              weight_decay=args.gen_weight_decay)
     augment = generator_augment(args, run.dir / folder if folder else None)
-    draws, schedule = Draws(aux_set, augment, 1000 * args.seed + 100 + number), poly(args.gen_steps)    # [D4]
+    draws = Draws(WithBoxes(aux_set), augment, 1000 * args.seed + 100 + number)
+    schedule = poly(args.gen_steps)                             # [D4]
     for step, batch in run.steps(stage, draws, args.gen_steps, args.gen_batch, g, optim, schedule):
         with run.autocast():
             logits = eq3_generate(ddp, batch.image, batch.pseudo, batch.seed / 254)
@@ -625,8 +656,9 @@ def learn_generators(args, run, aux_set):
                                   10 + number, net)
     if rank() == 0:
         run.note("generators.pt")
-        save_checkpoint(run.dir / "generators.pt", {"generators": [g.state_dict() for g in found],
-                                                    "args": plain_fields(args)})
+        save_checkpoint(run.dir / "generators.pt", {
+            "generators": [g.state_dict() for g in found], "args": plain_fields(args),
+            "data": args.aux or AUXILIARY[args.data], "classes": aux_set.classes})
     return found
 
 
@@ -650,26 +682,53 @@ def read_generators(args, device):
     return found
 
 
+def generator_notes(args, target):
+    """What results.json says of a --generator that knows the target's own classes, or may: {topic: sentence}.
+
+    Allowed: with COCO as both, it is Table VII's LPG_coco.
+    """
+    state = read_state(args.generator) if args.generator else {"classes": []}
+    if "classes" not in state:
+        return {"generator": f"{args.generator} does not say whose true masks it was trained on"}
+    taken = {coco_name(name) for name in target.classes}
+    both = [name for name in state["classes"] if coco_name(name) in taken]
+    return {"generator": f"{args.generator} was trained on {state['data']}'s true masks of the target's own "
+                         f"{', '.join(both)}"} if both else {}
+
+
 # ── Label synthesis ─────────────────────────────────────────────────────────────────────────────────────────
+def without_void(label, sample):
+    """On the auxiliary set, where masks are known: no label where the mask has none.   [D17]"""
+    return np.where(sample.mask == 255, np.uint8(255), label) if hasattr(sample, "mask") else label
+
+
 def write_boxes(run, folder, dataset):
     """The first labels, filled boxes.   Writes <folder>/*.png"""
     for (name,) in run.todo(dataset.names, folder):
         sample = dataset[dataset.index(name)]
-        save_label(run.path(folder, name), filled_boxes(sample.boxes, *sample.image.shape[:2]))
+        label = filled_boxes(sample.boxes, *sample.image.shape[:2])
+        save_label(run.path(folder, name), without_void(label, sample))
 
 
-def write_baselines(args, run, dataset):
-    """Table III's dense CRF [D11], and GrabCut.   Writes pseudo_crf/*.png and pseudo_grabcut/*.png"""
-    with run.timed("pseudo_crf"), ThreadPoolExecutor(max(1, args.workers)) as pool:
-        for names in run.todo(dataset.names, "pseudo_crf", 16, "pseudo_crf", ("pseudo_grabcut",)):
+def write_box_crf(args, run, dataset):
+    """Table III's dense CRF on the boxes [D11].   Writes pseudo_crf/*.png"""
+    with run.timed("pseudo_crf"):
+        for names in run.todo(dataset.names, "pseudo_crf", 16, "pseudo_crf"):
             samples = [dataset[dataset.index(name)] for name in names]
-            cuts = pool.map(lambda s: grabcut_label(s.image, s.boxes, args.grabcut_steps), samples)
             unaries = [box_unaries(s.boxes, args.box_centre, *s.image.shape[:2]) for s in samples]
             refined = dense_crf([s.image for s in samples], [prob for _, prob in unaries], args.label_crf,
                                 args.crf, args.workers, run.device)
-            for name, cut, (classes, _), Q in zip(names, cuts, unaries, refined):
-                save_label(run.path("pseudo_grabcut", name), cut)
+            for name, (classes, _), Q in zip(names, unaries, refined):
                 save_label(run.path("pseudo_crf", name), np.array([0, *classes])[Q.argmax(0)])
+
+
+def write_grabcut(args, run, dataset):
+    """GrabCut in the boxes.   Writes pseudo_grabcut/*.png"""
+    with run.timed("pseudo_grabcut"), ThreadPoolExecutor(max(1, args.workers)) as pool:
+        for names in run.todo(dataset.names, "pseudo_grabcut", 16, "pseudo_grabcut"):
+            samples = [dataset[dataset.index(name)] for name in names]
+            cuts = pool.map(lambda s: grabcut_label(s.image, s.boxes, args.grabcut_steps), samples)
+            for name, cut in zip(names, cuts): save_label(run.path("pseudo_grabcut", name), cut)
 
 
 def write_pseudo_masks(args, run, folder, dataset, g, net, blind=False):
@@ -680,7 +739,7 @@ def write_pseudo_masks(args, run, folder, dataset, g, net, blind=False):
             with run.autocast():
                 label, alone = pseudo_masks(g, net, sample, args.overlap, args.gen_scale, run.device, blind)
             save_label(run.path(f"{folder}_eq1", name), alone)
-            save_label(run.path(folder, name), label)
+            save_label(run.path(folder, name), without_void(label, sample))
 
 
 def write_semi(args, run, folder, train_set, truth):
@@ -694,25 +753,27 @@ def write_semi(args, run, folder, train_set, truth):
 
 # ── Evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
 def predict_val(args, run, net, val_set, number, last):
-    """Predictions of one stage, of the last also with CRF.   Writes val_<number>/*.png and val_crf/*.png"""
+    """Predictions of one stage, of the last with CRF too [D16].   Writes val_<number>/*.png, val_crf/*.png"""
     plain = f"val_{number}"
     final = "val_crf" if last else plain
-    with run.timed(plain):
-        for names in run.todo(val_set.names, final, 16):
+    for names in run.todo(val_set.names, final, 16):
+        with run.timed(plain):
             images = [val_set[val_set.index(name)].image for name in names]
             probs = [predict(net, image, run.device) for image in images]
             for name, prob in zip(names, probs):
                 save_label(run.path(plain, name), prob.argmax(0))
-            if last:
+        if last:
+            with run.timed("val_crf"):
                 refined = dense_crf(images, probs, args.seg_crf, args.crf, args.workers, run.device)
                 for name, Q in zip(names, refined):
                     save_label(run.path("val_crf", name), Q.argmax(0))
 
 
-def evaluate_stage(args, run, stage, split, timed, controls=None, **values):
+def evaluate_stage(args, run, stage, split, timed, controls=None, notes=None, **values):
     """One entry of results.json. Only from here on are val masks, and those of weak labels' images, seen.
 
-    controls: {field: folder} whose mIoU is noted too
+    timed: the work whose seconds are this entry's; controls: {field: folder} whose mIoU is noted too; notes:
+    beside those of the data set
     """
     if run.has(stage):
         return
@@ -729,8 +790,9 @@ def evaluate_stage(args, run, stage, split, timed, controls=None, **values):
         some = select(truth, names=truth.names[:args.probe])
         values["miou_probe"] = written(stage, some).miou()
         values["miou_blind"] = written(f"{stage}_blind", some).miou()
-    run.result(stage, written(stage), split=split, n_images=len(truth), uses_masks=True, notes=truth.notes,
-               seconds=round(sum(map(run.seconds, timed)), 1), **values)
+    run.result(stage, written(stage), split=split, n_images=len(truth), uses_masks=True,
+               notes={**truth.notes, **(notes or {})}, seconds=round(sum(map(run.seconds, timed)), 1),
+               **values)
 
 
 def draw_stages(args, run, split, columns):
@@ -838,7 +900,11 @@ def settle_args(args):
                         "value a process; give two images a process, or a larger crop")
     make_deeplab(args.backbone, args.weights, args.seg_stride, args.large_fov, args.seg_rates, 1)
     if args.generator:
-        read_generators(args, "cpu")
+        read_generators(args, "cpu")                            # which may change --first-stage
+    if args.generator_fixed and args.first_stage == "none" and args.stages > 1:                # [D5]
+        raise UserError("--generator-fixed --first-stage none: the last generator was trained with f's "
+                        "probability, and stage 1 has no f; take --first-stage box (or a --generator made "
+                        "with it), or leave --generator-fixed out")
 
 
 def main():
@@ -854,12 +920,18 @@ def main():
         raise UserError(f"--classes {args.classes}: no picture of train, or none of val, shows one of them")
     aux_set = None if full or args.generator else auxiliary_set(args, train_set, val_set)
     run = Run(args, FIELDS)
-    generators = []
+    generators, notes = [], {} if full else generator_notes(args, train_set)
+    for sentence in notes.values(): run.say(sentence)
     if not full:
         write_boxes(run, "boxes", train_set)
-        write_baselines(args, run, train_set)
-        evaluate_stage(args, run, "pseudo_crf", "train", ["pseudo_crf"], {"miou_boxes": "boxes"}, crf=True)
-        evaluate_stage(args, run, "pseudo_grabcut", "train", ["pseudo_crf"], crf=False)
+        boxes = {"miou_boxes": "boxes"}
+        if args.crf != "none":
+            write_box_crf(args, run, train_set)
+            evaluate_stage(args, run, "pseudo_crf", "train", ["pseudo_crf"], boxes, crf=True)
+        if args.grabcut_steps:
+            write_grabcut(args, run, train_set)
+            evaluate_stage(args, run, "pseudo_grabcut", "train", ["pseudo_grabcut"],
+                           {} if run.has("pseudo_crf") else boxes, crf=False)
         if aux_set: run.say(f"auxiliary set: {len(aux_set)} pictures, {aux_set.classes}")
         generators = (read_generators(args, run.device) if args.generator else
                       learn_generators(args, run, aux_set))
@@ -872,19 +944,22 @@ def main():
             if number == N and args.probe:
                 few = select(train_set, names=train_set.names[:args.probe])
                 write_pseudo_masks(args, run, f"{folder}_blind", few, g, net, blind=True)
-            evaluate_stage(args, run, folder, "train", [folder], {"miou_eq1": f"{folder}_eq1"}, crf=False)
+            evaluate_stage(args, run, folder, "train", [folder], {"miou_eq1": f"{folder}_eq1"}, notes,
+                           crf=False)
         folder = write_semi(args, run, folder, train_set, truth) if semi else folder
         net = train_segmenter(args, run, f"segmenter_{number}", train_set, folder, number, net)
         if number:
             predict_val(args, run, net, val_set, number, number == N)
-            evaluate_stage(args, run, f"val_{number}", "val", [f"segmenter_{number}"], crf=False)
+            timed = [f"segmenter_{number}", f"val_{number}"]
+            evaluate_stage(args, run, f"val_{number}", "val", timed, notes=notes, crf=False)
     if not run.has("val_crf"):
-        columns = {"boxes": "boxes", "pseudo_crf": "CRF", "pseudo_grabcut": "GrabCut"}
+        columns = {"boxes": "boxes", **({"pseudo_crf": "CRF"} if args.crf != "none" else {}),
+                   **({"pseudo_grabcut": "GrabCut"} if args.grabcut_steps else {})}
         steps = range(1, N + 1)
         if not full:
             draw_stages(args, run, "train", columns | {f"pseudo_{n}": f"LPG, stage {n}" for n in steps})
         draw_stages(args, run, "val", {f"val_{n}": f"stage {n}" for n in steps} | {"val_crf": "with CRF"})
-        evaluate_stage(args, run, "val_crf", "val", [f"segmenter_{N}", f"val_{N}"], crf=True)
+        evaluate_stage(args, run, "val_crf", "val", ["val_crf"], notes=notes, crf=True)
     run.table()
 
 

@@ -1,8 +1,11 @@
 """lpg.py: each equation against an authority, boxes, data sets, the script on a few scenes."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import re
+import shlex
 import shutil
 import sys
 import types
@@ -11,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+import torchvision
 
 import lpg
-from common import UserError, poly
+from common import UserError, parse_args, poly
 from conftest import kill_when, sh
 from data import (
-    REVEALS, DataError, Draws, Sample, collate, derive, draw_scene, export, export_workpiece, load,
+    REVEALS, DataError, Dataset, Draws, Sample, collate, derive, draw_scene, export, export_workpiece, load,
     read_image, read_label)
 
 torch.set_num_threads(1)
@@ -171,11 +174,11 @@ def scene(index=3):
 
 
 class Fake(torch.nn.Module):
-    """A segmentation network whose scores are given: (1,K+1,h,w) whatever the image."""
+    """A segmentation network of stride 4 whose scores are given: (1,K+1,h,w) whatever the image."""
 
     def __init__(self, scores):
         super().__init__()
-        self.scores = scores
+        self.scores, self.backbone = scores, types.SimpleNamespace(strides=[4])
 
     def forward(self, x):
         return self.scores
@@ -232,7 +235,7 @@ def test_the_probability_channel_is_the_class_of_the_boxes_and_may_be_blinded():
     scores = torch.from_numpy(np.random.default_rng(1).normal(0, 2, (1, 9, 20, 20))).float()
     for blind in (False, True): lpg.pseudo_masks(g, Fake(scores), s, "rate", 1.0, "cpu", blind)
     classes = lpg.box_maps(s.boxes, 8, 8)[0]
-    wanted = F.interpolate(scores.softmax(1)[:, classes], s.image.shape[:2], mode="bilinear")[0]
+    wanted = lpg.cells_to_pixels(scores.softmax(1)[:, classes], 4, s.image.shape[:2])[0]
     assert close(seen[0], wanted, 1e-4) and (seen[1] == 0).all()
 
 
@@ -273,10 +276,37 @@ def test_the_items_of_the_generator(tmp_path):
         wanted = lpg.cells_to_pixels(grid, 4, s.mask.shape)
         assert abs(item.seed.sum() / 254 - wanted.sum()) < 0.01 * wanted.sum() and item.seed.max() <= 254
     assert chosen == set(classes), "all classes are drawn"
-    nothing = Sample(**{**vars(s), "boxes": boxes(), "mask": 0 * s.mask})
-    item = lpg.generator_augment(args, tmp_path)(nothing, np.random.default_rng(0))
-    assert not item.mask.any() and not item.pseudo.any() and not item.seed.any()
     assert not lpg.generator_augment(args, None)(s, np.random.default_rng(0)).seed.any(), "without f"
+
+
+def test_the_generator_draws_no_picture_without_boxes():
+    empty = Sample(**{**vars(scene()), "boxes": boxes()})
+    pictures = lpg.WithBoxes([scene(0), empty, empty, scene(2)])
+    assert [pictures[i].name for i in range(len(pictures))] == [scene(i).name for i in (0, 2, 2, 2)]
+    args, items = arguments(), []
+    args.gen_steps, run = 8, types.SimpleNamespace(device="cpu", dir=None, reseed=lambda stage: None)
+    run.steps = lambda stage, draws, *more: items.extend(draws[i].name for i in range(12)) or ()
+    lpg.train_generator(args, run, 1, [scene(0), empty, empty, scene(2)], None, generator())
+    assert {*items} == {scene(0).name, scene(2).name}
+    with pytest.raises(UserError, match="no auxiliary picture has a box"): lpg.WithBoxes([empty])[0]
+
+
+def test_what_the_auxiliary_mask_does_not_tell_is_no_label_for_f(tmp_path):
+    """COCO's crowds; the target's samples have no mask, and all pixels a label."""
+    s, written = several(), {}
+    s.mask[:9], s.mask[40:50, 30:60] = 255, 255
+    run = types.SimpleNamespace(
+        todo=lambda names, *more, **kinds: ([name] for name in names), device="cpu",
+        timed=lambda stage: contextlib.nullcontext(), autocast=contextlib.nullcontext,
+        path=lambda folder, name: tmp_path / f"{folder}.png")
+    for fields in (("boxes", "mask"), ("boxes",)):
+        source = types.SimpleNamespace(names=[s.name], classes=[], notes={}, fields=fields, read=lambda n: s)
+        lpg.write_boxes(run, "boxes", Dataset(source))
+        lpg.write_pseudo_masks(arguments(), run, "pseudo", Dataset(source), generator(), None)
+        written[fields] = [read_label(tmp_path / f"{folder}.png", 8) for folder in ("boxes", "pseudo")]
+    for known, plain in zip(*written.values()):
+        void = s.mask == 255
+        assert (known[void] == 255).all() and (known == plain)[~void].all() and plain.max() <= 8
 
 
 @pytest.mark.parametrize("supervision", ["box", "semi", "full"])
@@ -361,7 +391,7 @@ def test_four_groups_of_rates(backbone, last):
         if p.requires_grad:
             wanted = 1e-3 * (10 if name.startswith(last) else 1) * (2 if name.endswith("bias") else 1)
             assert abs(rates[id(p)] - wanted) < 1e-9, name
-    assert len(groups) == 4
+    assert len(groups) == 4 and all(group["weight_decay"] == 5e-4 for group in groups), "biases too [D18]"
 
 
 def test_fc6_and_fc7_are_thinned_out(monkeypatch):
@@ -379,6 +409,16 @@ def test_fc6_and_fc7_are_thinned_out(monkeypatch):
     assert head[8].weight.shape == (21, 1024, 1, 1)
 
 
+def test_vgg16_weights_without_fc6_and_fc7_are_refused(tmp_path):
+    """What many libraries call VGG-16 ends at conv5_3."""
+    with torch.device("meta"): shapes = torchvision.models.vgg16().features.state_dict()
+    features = {f"features.{key}": torch.zeros(1).expand(value.shape) for key, value in shapes.items()}
+    torch.save(features, tmp_path / "features.pth")
+    with pytest.raises(UserError, match=r"features\.pth have no classifier\.0\.weight, classifier\.0\.bias"):
+        lpg.settle_args(lpg.Args(weights=str(tmp_path / "features.pth")))
+    lpg.settle_args(lpg.Args(weights="none"))
+
+
 def test_open_fields_get_table_1():
     for backbone, steps, batch, lr, crf in (("vgg16", 20_000, 30, 1e-3, 140),
                                             ("resnet101", 40_000, 10, 2.5e-4, 67)):
@@ -391,6 +431,19 @@ def test_open_fields_get_table_1():
     for changes in (dict(gen_crop=100), dict(stages=0), dict(aux_fraction=0)):
         with pytest.raises(UserError, match=f"--{next(iter(changes)).replace('_', '-')}"):
             lpg.settle_args(arguments(**changes))
+
+
+def test_the_last_generator_is_not_used_without_the_probability_it_was_trained_with(tmp_path):
+    """Table II's fixed generator, where the first has no f: in the flags, or in the file's."""
+    for changes in (dict(stages=1), dict(generator_fixed=False), dict(first_stage="box")):
+        lpg.settle_args(arguments(**{"generator_fixed": True, "first_stage": "none", **changes}))
+    with pytest.raises(UserError, match="leave --generator-fixed out"):
+        lpg.settle_args(arguments(generator_fixed=True, first_stage="none"))
+    made = arguments(hg_dims=(8, 8, 8), hg_modules=(1, 1, 1), hg_features=8, first_stage="none")
+    torch.save({"generators": [generator().state_dict()] * 3,
+                "args": {field: getattr(made, field) for field in lpg.MADE}}, tmp_path / "g.pt")
+    with pytest.raises(UserError, match="leave --generator-fixed out"):
+        lpg.settle_args(arguments(generator_fixed=True, generator=str(tmp_path / "g.pt")))
 
 
 # ---------------------------------------------------------------- learns
@@ -505,6 +558,15 @@ def test_runs_all_stages(finished, folder):
     assert any((kept[0][k] != v).any() for k, v in last.items()), "a generator of each stage"
 
 
+def test_each_stage_has_the_seconds_of_its_own_work(finished):
+    spent = json.loads((finished / "state.json").read_text())["seconds"]
+    work = {"val_1": ["segmenter_1", "val_1"], "val_2": ["segmenter_2", "val_2"]}
+    for s in stages(finished):
+        own = [spent[part] for part in work.get(s["stage"], [s["stage"]])]
+        assert min(own) > 0 and abs(s["seconds"] - sum(own)) < 0.06, s["stage"]
+    assert sum(s["seconds"] for s in stages(finished)) <= sum(spent.values()) + 0.35, "nothing twice"
+
+
 def test_the_same_command_again_does_nothing(finished, folder):
     before, numbers = contents(finished, *LABELS, *VAL), scores(finished)
     times = {f: f.stat().st_mtime_ns for f in finished.rglob("*.png")}
@@ -540,6 +602,68 @@ def test_generators_are_used_again_for_another_network(finished, folder, tmp_pat
     assert [s["stage"] for s in stages(tmp_path)] == [*STAGES[:4], "val_crf"]
     assert not any((tmp_path / name).exists() for name in ("aux_boxes", "generator_1.pt"))
     assert json.loads((tmp_path / "args.json").read_text())["gen_scale"] == 0.5
+
+
+def test_a_generator_that_knows_the_targets_classes_is_reported(finished, folder, tmp_path, capsys):
+    state = torch.load(finished / "generators.pt", weights_only=True)
+    aux = (folder / "aux" / "classes.txt").read_text().split()
+    assert state["classes"] == aux and state["data"] == "workpiece"
+
+    def noted(**changes):
+        kept = {key: value for key, value in {**state, **changes}.items() if value is not None}
+        torch.save(kept, tmp_path / "g.pt")
+        return lpg.generator_notes(arguments(generator=str(tmp_path / "g.pt")), target)
+    target = types.SimpleNamespace(classes=["tvmonitor", "sofa", "cow"])
+    assert noted(classes=["zebra", "bear"]) == {} == lpg.generator_notes(arguments(), target)
+    assert "coco's true masks of the target's own couch, tv" in noted(
+        classes=["zebra", "couch", "tv"], data="coco")["generator"], "VOC's and COCO's spelling"
+    assert "does not say" in noted(classes=None, data=None)["generator"], "a file of before"
+    own = (folder / "target" / "classes.txt").read_text().split()[:2]
+    torch.save({**state, "classes": [*aux, *own]}, tmp_path / "g.pt")
+    run_here(*command(folder, tmp_path / "out", "--generator", tmp_path / "g.pt", "--stages", 1))
+    said = capsys.readouterr().out
+    for s in stages(tmp_path / "out"):
+        sentence = s["notes"].get("generator", "")
+        assert sentence.endswith(", ".join(own)) == (s["stage"] in ("pseudo_1", "val_1", "val_crf"))
+        assert not sentence or sentence in said.splitlines(), "one line of its own"
+    assert not any("generator" in s["notes"] for s in stages(finished))
+
+
+def test_table_7s_row_lpg_coco_passes_the_checks(finished, tmp_path):
+    """The docstring's command, COCO's generators on COCO, up to the training; on scenes in COCO's layout."""
+    line = re.search(r"python lpg\.py (--data coco[^#]+)# Table VII, LPG_coco", lpg.__doc__).group(1)
+    export("shapes", "coco", str(tmp_path), n=4)
+    for file in (tmp_path / "annotations").glob("*.json"):
+        table = json.loads(file.read_text())
+        for category, name in zip(table["categories"], ("person", "zebra")): category["name"] = name
+        file.write_text(json.dumps(table))
+    state = torch.load(finished / "generators.pt", weights_only=True)
+    torch.save({**state, "generators": [state["generators"][0]] * 3, "data": "coco", "classes": ["zebra"]},
+               tmp_path / "g.pt")
+    given = ["--root", tmp_path, "--generator", tmp_path / "g.pt", "--weights", "none"]
+    args = parse_args(lpg.Args, lpg.__doc__, {"shapes": lpg.SHAPES, "photos": lpg.PHOTOS},
+                      [*shlex.split(line.replace("\\\n", " ")), *map(str, given)])
+    lpg.settle_args(args)
+    target, val = lpg.target_set(args, "train"), lpg.target_set(args, "val")
+    assert len(target) and len(val) and "person" not in target.classes and len(target.classes) == 7
+    sentence = lpg.generator_notes(args, target)["generator"]
+    assert sentence.endswith("coco's true masks of the target's own zebra")
+
+
+@pytest.mark.parametrize("flags, left", [
+    ("--grabcut-steps 0", ["pseudo_crf"]), ("--crf none", ["pseudo_grabcut"]),
+    ("--crf none --grabcut-steps 0", [])])
+def test_baselines_are_left_out(finished, folder, tmp_path, monkeypatch, flags, left):
+    """What does not run is no stage and no column; without a CRF its arg-max of ties is no result."""
+    sheets = []
+    monkeypatch.setattr(lpg, "contact_sheet", lambda file, rows, titles: sheets.append(titles))
+    run_here(*command(folder, tmp_path, "--generator", finished / "generators.pt", "--stages", 1,
+                      "--gen-scale", 0.5, *flags.split()))
+    assert [s["stage"] for s in stages(tmp_path)] == [*left, "pseudo_1", "val_1", "val_crf"]
+    assert ["miou_boxes" in s for s in stages(tmp_path)][:len(left)] == [True] * len(left)
+    titles = {"pseudo_crf": "CRF", "pseudo_grabcut": "GrabCut"}
+    assert sheets[0] == ["image", "boxes", *map(titles.get, left), "LPG, stage 1", "ground truth"]
+    assert [name for name in titles if (tmp_path / name).exists()] == left
 
 
 ABLATIONS = {"fixed": "--generator-fixed", "without f": "--first-stage none --probe 0",
