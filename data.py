@@ -14,6 +14,7 @@ Labels       0 = background, 1..K = dataset.classes, 255 = no label; boxes and p
 Commands     python data.py check --data voc --root data/voc                        # what is there, what not
              python data.py export --data shapes --layout workpiece --to my/folder  # shapes as files
              python data.py voc-aug --sbd path/to/SBD --root data/voc               # SegmentationClassAug
+             python data.py score --pred my/masks --data voc --root data/voc        # mIoU of any label maps
 """
 
 import contextlib
@@ -1792,6 +1793,20 @@ def check_masks(files, classes):
     yield f"values in {min(50, len(files))} masks", listed, verdict
 
 
+def score(pred: Path, data: Name, root: str = "", split: Literal["val", "train"] = "val",
+          train_list: str = "train") -> None:
+    """mIoU of a folder of label maps <name>.png, whoever made them; 255 = no label counts as a miss."""
+    from common import confusion_of
+    args = types.SimpleNamespace(data=data, root=root, train_list=train_list, supervision="image")
+    truth, files = load(args, split, masks=True, fields=("mask",)), stems(pred)
+    if "mask" not in truth.fields: raise DataError(f"not all {split} pictures have a mask to score with")
+    require(truth.names, files, pred, f"each {split} picture needs its label map there")
+    confusion = confusion_of(truth, lambda s: read_label(files[s.name], truth.classes, s.image))
+    rows = confusion.iou() | {"mIoU": confusion.miou(), "precision": confusion.precision(),
+                              "coverage": confusion.coverage()}
+    for name, value in rows.items(): print(f"{name:<24}{'not there' if value is None else f'{value:9.2f}'}")
+
+
 def export(data: Name, layout: Literal["voc", "coco", "workpiece", "cityscapes", "gta5"], to: str,
            n: int = 0, root: str = "") -> None:
     """Write a data set in another's on-disk layout, the first n samples of each split (0 = all)."""
@@ -1941,7 +1956,7 @@ LAYOUTS = {"voc": export_voc, "coco": export_coco, "workpiece": export_workpiece
 def main():
     import tyro
     if sys.argv[1:2] in ([], ["-h"], ["--help"]): print(__doc__)    # tyro would join the lines
-    commands = {"check": check, "export": export, "voc-aug": voc_aug}
+    commands = {"check": check, "export": export, "score": score, "voc-aug": voc_aug}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, description="")
     except DataError as error:

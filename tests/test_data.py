@@ -15,7 +15,8 @@ from conftest import sh
 from PIL import Image
 
 import data
-from data import DataError, Draws, Sample, load
+from common import confusion_of, save_label
+from data import DataError, Draws, Sample, load, read_label
 
 SUPERVISIONS = list(data.REVEALS)
 LABELS, LAYOUTS = set(data.REVEALS["full"]), ("voc", "coco", "workpiece")
@@ -1047,6 +1048,23 @@ def test_coco_slice_is_read(tmp_path):
 
 
 # ---------------------------------------------------------------- commands
+
+
+def test_score_is_the_miou_of_a_folder_of_label_maps(work, tmp_path, monkeypatch, capsys):
+    truth = load(args("workpiece", work), "val")
+    for sample in truth:
+        label = np.where(sample.mask == 255, 0, sample.mask)
+        label[:, :10], label[:, 10:14] = 0, 255
+        save_label(tmp_path / f"{sample.name}.png", label)
+    line = ("score", "--pred", tmp_path, "--data", "workpiece", "--root", work)
+    status, out = command(monkeypatch, capsys, *line)
+    table = {row.split()[0]: row.split()[1] for row in out.splitlines()}
+    ours = confusion_of(truth, lambda s: read_label(tmp_path / f"{s.name}.png"))
+    assert status == 0 and abs(float(table["mIoU"]) - ours.miou()) < 0.01 and 10 < ours.miou() < 99
+    assert float(table["coverage"]) < 100 and set(truth.classes) < set(table)
+    (tmp_path / f"{truth.names[0]}.png").unlink()
+    status, out = command(monkeypatch, capsys, *line)
+    assert f"lacks 1 of {len(truth)} pictures" in status
 
 
 def test_check_says_what_is_there(voc, work, coco, monkeypatch, capsys):
