@@ -60,6 +60,9 @@ Departures   [D1] backbones are torchvision's; PFENet's has a stem of three 3x3 
                   better); it trains 200 epochs, on COCO as many steps (SCL's code for CANet: 150 epochs)
              [D18] PFENet's second pass over the support computes its pyramid anew, as Eq. 5.8 has it
                   (authors' code: the first pass's once more)
+             [D19] CANet: the support's FPM shares the query's comparison convolution and has a residual block
+                  of its own; the paper names the residual block, whose inputs alone differ, and is silent on
+                  the convolution before it (--no-share-compare: its own)
 Nothing here uses a dense CRF, as in the paper; --crf has no effect.
 """
 
@@ -158,6 +161,8 @@ class Args:
     """Eq. 5.7 (Table 5.9)"""
     s2_loss: bool = True
     """Eq. 5.10 (Table 5.9)"""
+    share_compare: bool = True
+    """CANet: one comparison convolution for the FPMs of support and query [D19]"""
     width: int = 256
     """§5.4.1: d, channels of all features"""
     dropout: float = 0.5
@@ -233,8 +238,8 @@ FIELDS = {stage: names.split() for stage, names in {
     "areas": "data root train_list supervision",
     "encoder": "seed amp weights backbone fold folds min_area held_out enc_steps enc_batch enc_lr enc_decay "
                "enc_rescale seg_crop momentum",
-    "segmenter": "baseline guide vectors s1_loss s2_loss width dropout init_std empty_history inner_weight "
-                 "batch_norm seg_steps seg_batch seg_lr weight_decay seg_rescale",
+    "segmenter": "baseline guide vectors s1_loss s2_loss share_compare width dropout init_std empty_history "
+                 "inner_weight batch_norm seg_steps seg_batch seg_lr weight_decay seg_rescale",
 }.items()}
 
 
@@ -309,6 +314,7 @@ class Residual(nn.Sequential):
 
 class SingleScaleFPM(nn.Module):
     """CANet: comparison and first residual block; the query's block also gets the history mask (Fig. 5.4).
+    The comparison is one for query and support [D19].
 
     forward(feature (B,d,h,w), V (B,n,d), extra (B,2,h,w) or None) -> (B,d,h,w)
     """
@@ -403,7 +409,8 @@ class SCL(nn.Module):
     vectors: which of v_s, v_pri, v_aux the query gets; sgm: whether there is a support module at all.
     """
 
-    def __init__(self, backbone, stride, baseline, sgm, vectors, width, dropout, empty_history, refinements):
+    def __init__(self, backbone, stride, baseline, sgm, vectors, width, dropout, empty_history, refinements,
+                 share_compare=True):
         super().__init__()
         single = baseline == "canet"
         self.backbone, self.stride, self.single = backbone.requires_grad_(False), stride, single
@@ -423,6 +430,7 @@ class SCL(nn.Module):
         self.reduce_query = reduce()
         self.reduce_support = self.reduce_query if single else reduce()
         self.fpm_query, self.fpm_support = fpm(2 if single else 1), fpm(0) if sgm else None
+        if sgm and single and share_compare: self.fpm_support.compare = self.fpm_query.compare      # [D19]
         self.decoder = SingleScaleDecoder(width, dropout) if single else MultiScaleDecoder(width)
 
     @torch.no_grad()
@@ -703,14 +711,16 @@ def make_scl(args, weights, backbone=None):
     sgm = args.guide == "sgm"
     vectors = {"all": "s,pri,aux"}.get(args.vectors, args.vectors) if sgm else "s"
     net = SCL(backbone or make_encoder(args, weights), stride_of(args), args.baseline, sgm,
-              tuple(vectors.split(",")), args.width, args.dropout, args.empty_history, args.refinements)
+              tuple(vectors.split(",")), args.width, args.dropout, args.empty_history, args.refinements,
+              args.share_compare)
     for name, module in net.named_modules() if args.baseline == "canet" else ():
         if isinstance(module, nn.Conv2d) and not name.startswith("backbone."):
             deviation = args.init_std or (2 / module.weight[0].numel()) ** 0.5
             nn.init.normal_(module.weight, std=deviation)
             nn.init.zeros_(module.bias)
     if sgm and not args.s1_loss and (not args.s2_loss or vectors == "s"):
-        net.fpm_support.requires_grad_(False)                                # no loss reaches it
+        part = net.fpm_support.residual if net.single and args.share_compare else net.fpm_support
+        part.requires_grad_(False)                                           # no loss reaches it
     return net
 
 
@@ -1027,7 +1037,7 @@ def predict_folder(args):
     if not args.support_images or len(args.support_images) != len(args.support_masks):
         raise UserError(f"--predict needs --support-images and as many --support-masks; there are "
                         f"{len(args.support_images)} and {len(args.support_masks)}")
-    device, made = start_processes(args.device), Args(**state["args"])
+    device, made = start_processes(args.device), Args(**{"share_compare": False, **state["args"]})
     made.shots, made.fuse = (len(args.support_images),), args.fuse[-1:] or ("cgm",)
     made.cgm_score = args.cgm_score
     net = with_weights(make_scl(made, "none"), state, device)

@@ -226,6 +226,11 @@ def test_the_support_module_has_its_own_first_block_and_shares_the_decoder():
         net = network(baseline=baseline)
         mine, other = (sum(p.numel() for p in m.parameters()) for m in (net.fpm_query, net.fpm_support))
         assert mine > other, f"the query's has {extra} channels more"
+        if baseline == "canet":                                                         # [D19]
+            assert net.fpm_support.compare is net.fpm_query.compare
+            assert net.fpm_support.residual is not net.fpm_query.residual
+            apart = network(baseline=baseline, share_compare=False)
+            assert apart.fpm_support.compare is not apart.fpm_query.compare
         calls = []
         net.decoder.register_forward_hook(lambda *a, calls=calls: calls.append(1))
         net.train()(*episode())
