@@ -17,7 +17,7 @@ Equations    (3.1) eq3_1_cam_labels    (3.2) eq3_2_grabcut    (3.3) eq3_3_box_la
              §3.2's SEAM (its reference 57) has no numbered equations in the thesis: SEAM, seam_loss;
              nor have §3.4's pseudo instances: instances_in_boxes
 Figures      Fig. 3.2 (left to right) and Algorithm 2 (top to bottom) = main(); Fig. 3.4 = eq3_17_18_attention
-Commands     python a2gnn.py                          # embedded shapes, about half an hour on one CPU core
+Commands     python a2gnn.py                          # embedded shapes, about an hour on one busy CPU core
              python a2gnn.py --data voc --supervision box --root data/voc       # paper: 73.8 val with CRF
              python a2gnn.py --data voc --supervision full --root data/voc      # upper bound; paper: 76.8
              python a2gnn.py --data voc --root data/voc --segmenter pspnet      # Table 3.1; paper: 75.6
