@@ -1088,8 +1088,9 @@ def lerp_matrix(pixels, nodes, stride, shape, device, scale=1.0):
 
 def enlarge(x, rows, columns):
     """Node maps to pixel maps by two products.   x (B,C,h,w), rows (B,H,h), columns (B,W,w) -> (B,C,H,W)"""
-    x = (x.flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, x.shape[1:3])
-    return rows[:, None] @ x
+    with torch.autocast(x.device.type, enabled=False):          # in bf16 near scores would become equal
+        x = (x.float().flatten(1, 2) @ columns.transpose(1, 2)).unflatten(1, x.shape[1:3])
+        return rows[:, None] @ x
 
 
 def cells_to_pixels(x, stride, size, seen=None):

@@ -43,9 +43,10 @@ Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (
                   size does not depend on the data set
              [D10] refinement, which Algorithm 2 leaves out: each superpixel takes its most frequent label
                   ("unlabelled" is one), then a dense CRF on label unaries; what is unlabelled stays so
-             [D11] SLIC's, Canny's, the dilation's and the CRF's parameters, steps, number of rounds and what
-                  ends them are not stated; a round goes on from the weights of the one before. After the last
-                  one no labels are made, as nothing would learn from them
+             [D11] SLIC's, Canny's, the dilation's and the CRF's parameters (σ_xy for pictures of 640 pixels;
+                  solids: a quarter), steps, number of rounds and what ends them are not stated; a round goes
+                  on from the weights of the one before. After the last one no labels are made, as nothing
+                  would learn from them
              [D12] --no-refine: the next round learns from plain predictions ("simply iteration", §3.4)
              [D13] odd kernels centre feature cell i on pixel stride·i: so CAM and scores are enlarged
              [D14] --supervision full: real masks with α = 1 instead of pseudo labels, beside the rendered

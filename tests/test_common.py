@@ -942,3 +942,10 @@ def test_batch_norms_that_learn_are_shared_by_all_gpus(frozen):
     assert dict(net.named_parameters()) == before and list(net.state_dict()) == names
     assert isinstance(net.head[1], nn.SyncBatchNorm)
     assert any(isinstance(m, nn.SyncBatchNorm) for m in backbone.modules()) != frozen
+
+
+def test_enlarging_keeps_float32_under_autocast():
+    x = torch.randn(2, 3, 5, 6)
+    with torch.autocast("cpu", torch.bfloat16): inside = common.cells_to_pixels(x, 4, (19, 23))
+    assert inside.dtype == torch.float32 and torch.equal(inside, common.cells_to_pixels(x, 4, (19, 23)))
+    assert common.cells_to_pixels(x.bfloat16(), 4, (19, 23)).dtype == torch.float32
