@@ -91,11 +91,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (
-    ASPP, CRF, DeepLab, PSPNet, Run, UserError, cells_to_pixels, confusion_of, contact_sheet, dense_crf,
-    detector_schedule, enlarge, inference, instance_aps, instance_overlay, label_probs, lerp_matrix,
-    make_backbone, mask_rcnn, numbered, overlay, parse_args, pictures_to_predict, poly, pretrained, rank,
-    read_instances, read_predictor, reduce, save_instances, save_label, save_npz, save_prediction,
-    start_processes, weights_of, with_weights, world)
+    ASPP, CRF, DeepLab, PSPNet, Run, UserError, cells_to_pixels, confusion_of, dense_crf, detector_schedule,
+    draw_panels, enlarge, inference, instance_aps, instance_overlay, label_probs, lerp_matrix, make_backbone,
+    mask_rcnn, numbered, parse_args, pictures_to_predict, poly, pretrained, read_instances, read_predictor,
+    reduce, save_instances, save_label, save_npz, save_prediction, start_processes, weights_of, with_weights,
+    world)
 from data import (
     Draws, Sample, changed, coco_annotations, color_jitter, crop, derive_boxes, flip, load, normalise,
     objects_of, read_label, rescale, resize_batch, resize_long, with_labels)
@@ -1613,7 +1613,7 @@ def coco_aps(dataset, read):
 
 
 def evaluate_labels(args, run, split):
-    """Scores what the stages wrote. Only here and in save_panels are masks of weak labels' images seen."""
+    """Scores what the stages wrote. Only here and in draw_a2gnn are masks of weak labels' images seen."""
     truth = load(args, split, masks=True, fields=("mask", "instances", "boxes"))
     notes = {**load(args, split).notes, **truth.notes}                                  # what was derived
     if "mask" not in truth.fields:                                                    # own data may lack it
@@ -1670,30 +1670,28 @@ def seeds_with_crf(sample, seed, crf, backend, device):
     return present[dense_crf([sample.image], [prob], crf, backend, device=device)[0].argmax(0)]
 
 
-def save_panels(args, run, split):
-    """panels/<split>.png: contact sheet of the first 16 images, one row each."""
-    if rank() > 0:
-        return
-    train, instance = split == "train", args.task == "instance"
-    seeds = ({"seeds": "seed, affinity CNN", "seeds_gnn": "seed M_g"} if args.supervision in OWN_NODES else
-             {"seeds_F": "seed M_F", "seeds": "seed M_g"})
-    columns = ({**seeds, "walk": "walk", "pseudo_raw": "A2GNN", "pseudo": "A2GNN + CRF"} if train else
-               {} if instance else {"val": "prediction", "val_crf": "prediction + CRF"})
-    objects = ({} if not instance else {"instances": "instances"} if train else
-               {"val_instance": "instances", "val_instance_crf": "instances + CRF"})
-    truth, rows = load(args, split, masks=True, fields=("mask", "instances")), []
-    for sample in (truth[i] for i in range(min(16, len(truth)))):
-        row = [sample.image]
-        row += [read_cam(run, sample.name, len(truth.classes)).max(0)] if train else []
-        row += [overlay(sample.image, read_label(run.path(folder, sample.name), truth.classes))
-                for folder in columns]
-        for folder in objects:
+def draw_a2gnn(args, run, split):
+    """panels/<split>.png of what the stages wrote; with --task instance of instances too."""
+    truth, instance = load(args, split, masks=True, fields=("mask", "instances")), args.task == "instance"
+
+    def objects(folder):
+        def cell(sample):
             masks, _, scores = read_instances(run.path(folder, sample.name, ".npz"))
-            row.append(instance_overlay(sample.image, masks, scores, 0.5))
-        real = getattr(sample, "instances" if instance else "mask", None)
-        rows.append([*row, *([] if real is None else [overlay(sample.image, real)])])
-    titles = ["image", *(["CAM"] if train else []), *columns.values(), *objects.values(), "ground truth"]
-    contact_sheet(run.path("panels", split), rows, titles)
+            return instance_overlay(sample.image, masks, scores, 0.5)
+        return cell
+
+    if split == "train":
+        seeds = {"seed M_F": "seeds_F", "seed M_g": "seeds"}
+        if args.supervision in OWN_NODES:
+            seeds = {"seed, affinity CNN": "seeds", "seed M_g": "seeds_gnn"}
+        columns = {"CAM": lambda s: read_cam(run, s.name, len(truth.classes)).max(0), **seeds,
+                   "walk": "walk", "A2GNN": "pseudo_raw", "A2GNN + CRF": "pseudo"}
+        columns |= {"instances": objects("instances")} if instance else {}
+    elif instance:
+        columns = {"instances": objects("val_instance"), "instances + CRF": objects("val_instance_crf")}
+    else:
+        columns = {"prediction": "val", "prediction + CRF": "val_crf"}
+    draw_panels(run, split, truth, columns, "instances" if instance else "mask")
 
 
 def predict_folder(args):
@@ -1753,14 +1751,14 @@ def main():
         if instance:
             write_pseudo_instances(args, run, train_set)                                # §3.4
         if not run.has("pseudo_instance" if instance else "pseudo"):
-            save_panels(args, run, "train")
+            draw_a2gnn(args, run, "train")
             evaluate_labels(args, run, "train")
     if instance:
         write_detections(args, run, train_detector(args, run, train_set), val_set)
     else:
         write_predictions(args, run, train_segmenter(args, run, train_set), val_set)
     if not run.has("val_instance" if instance else "val_crf"):
-        save_panels(args, run, "val")
+        draw_a2gnn(args, run, "val")
         evaluate_labels(args, run, "val")
     run.table()
 

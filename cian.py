@@ -59,10 +59,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (
-    CRF, LargeFOV, Run, UserError, cells_to_pixels, confusion_of, contact_sheet, dense_crf, inference,
-    make_backbone, overlay, parse_args, pictures_to_predict, poly, pretrained, rank, read_predictor,
-    reduce, save_image, save_label, save_npz, save_prediction, shard, start_processes, weights_of,
-    with_weights, world)
+    CRF, LargeFOV, Run, UserError, cells_to_pixels, confusion_of, contact_sheet, dense_crf, draw_panels,
+    inference, make_backbone, overlay, parse_args, pictures_to_predict, poly, pretrained, rank,
+    read_predictor, reduce, save_image, save_label, save_npz, save_prediction, shard, start_processes,
+    weights_of, with_weights, world)
 from data import (
     DataError, Draws, Sample, changed, crop, flip, load, normalise, read_image, read_label, reading,
     require, rescale, resize_batch, resize_long, stems, tags_in, with_labels)
@@ -722,21 +722,13 @@ def evaluate_attention(args, run, net):
                 attention_ratio=own / area, attention_pairs=int(number))
 
 
-def draw_labels(args, run, split, columns):
-    """panels/<split>.png: contact sheet of the first 16 images, one row each.   columns {folder: title}"""
-    if rank() > 0:
-        return
-    truth, rows = load(args, split, masks=True, fields=("mask",)), []
-    for s in (truth[i] for i in range(min(16, len(truth)))):
-        maps = []
-        if split == "train":
-            cam = read_cam(run, s.name, len(truth.classes)).max(0)
-            maps = [cam, read_image(run.path("saliency", s.name))[..., 0] / 255]
-        labels = [read_label(run.path(folder, s.name), truth.classes) for folder in columns]
-        labels += [s.mask] if hasattr(s, "mask") else []
-        rows.append([s.image, *maps, *(overlay(s.image, label) for label in labels)])
-    titles = ["image", *(["CAM", "saliency"] if split == "train" else []), *columns.values(), "ground truth"]
-    contact_sheet(run.path("panels", split), rows, titles)
+def draw_cian(args, run, split, columns):
+    """panels/<split>.png of what the stages wrote.   columns {title: folder}"""
+    truth = load(args, split, masks=True, fields=("mask",))
+    if split == "train":
+        columns = {"CAM": lambda s: read_cam(run, s.name, len(truth.classes)).max(0),
+                   "saliency": lambda s: read_image(run.path("saliency", s.name))[..., 0] / 255, **columns}
+    draw_panels(run, split, truth, columns)
 
 
 @torch.no_grad()
@@ -779,7 +771,7 @@ def evaluate_round(args, run, net, number, last):
         return
     values = dict(scales=args.test_scales, strong_ratio=args.strong_ratio, gamma=net.affinity.gamma().item())
     timed = [f"segmenter_{number}", f"val_crf{tag}"]
-    draw_labels(args, run, "val", {f"val{tag}": "prediction", f"val_crf{tag}": "prediction + CRF"})
+    draw_cian(args, run, "val", {"prediction": f"val{tag}", "prediction + CRF": f"val_crf{tag}"})
     draw_affinity(args, run, net)
     values |= evaluate_attention(args, run, net)
     for stage in (f"val{tag}", f"val_crf{tag}"):
@@ -839,7 +831,7 @@ def main():
         classifier = train_classifier(args, run, train_set)                             # §Initial Seeds
         write_initial_seeds(args, run, classifier, train_set)
         if not run.has("seed"):
-            draw_labels(args, run, "train", {"seeds": "seed"})
+            draw_cian(args, run, "train", {"seed": "seeds"})
             evaluate_stage(args, run, "cam", "train", "cam", ["classifier"], crf=False)
             evaluate_stage(args, run, "seed", "train", "seeds", ["seeds"], crf=False)
     tags, folder, net = read_tags(run, train_set), "seeds", None
@@ -857,7 +849,7 @@ def main():
             predict_set(args, run, net, train_set, f"{folder}_raw", folder, args.retrain_crf, folder,
                         args.retrain_tags)
             if not run.has(folder):
-                draw_labels(args, run, "train", {"seeds": "seed", folder: "retraining label"})
+                draw_cian(args, run, "train", {"seed": "seeds", "retraining label": folder})
                 evaluate_stage(args, run, folder, "train", folder, [folder], crf=True)
     run.table()
 

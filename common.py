@@ -1721,6 +1721,24 @@ def contact_sheet(path, rows, titles, height=160, gap=4):
     save_image(path, sheet)
 
 
+def draw_panels(run, name, truth, columns, label="mask"):
+    """panels/<name>.png: contact sheet of the first 16 images, one row each, with the ground truth last.
+
+    truth: data set; columns: {title: folder of label maps, or function of a sample -> picture, see colour};
+    label: the attribute of a sample that is its ground truth, if it has one
+    """
+    from data import read_label
+    if rank() > 0:
+        return
+    rows = []
+    for s in (truth[i] for i in range(min(16, len(truth)))):
+        cells = [column(s) if callable(column) else
+                 overlay(s.image, read_label(run.path(column, s.name), truth.classes))
+                 for column in columns.values()]
+        rows.append([s.image, *cells, *([overlay(s.image, getattr(s, label))] if hasattr(s, label) else [])])
+    contact_sheet(run.path("panels", name), rows, ["image", *columns, "ground truth"])
+
+
 def numbered(masks, scores):
     """Instances as one label map, the surest on top.   (M,H,W) -> (H,W) uint8, 0 = none"""
     label = np.zeros(masks.shape[1:], np.uint8)

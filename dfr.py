@@ -62,9 +62,9 @@ import torchvision
 from scipy import ndimage
 
 from common import (
-    Backbone, Run, UserError, confusion_of, contact_sheet, imagenet_weights, inference, load_exactly,
-    make_backbone, overlay, parse_args, pictures_to_predict, poly, pretrained, rank, read_predictor,
-    read_state, reduce, save_label, save_prediction, start_processes, with_weights, world)
+    Backbone, Run, UserError, confusion_of, draw_panels, imagenet_weights, inference, load_exactly,
+    make_backbone, parse_args, pictures_to_predict, poly, pretrained, read_predictor, read_state, reduce,
+    save_label, save_prediction, start_processes, with_weights, world)
 from data import Draws, Sample, changed, crop, flip, load, normalise, read_label, resize, resize_batch
 
 
@@ -678,8 +678,8 @@ def write_val(args, run, net, val_set):
                 save_label(run.path("val_ms", name), many.argmax(0))
 
 
-def evaluate(args, run):
-    """Scores what write_val wrote; miou_fg is the mean over the classes without background [D12]."""
+def evaluate_labels(args, run):
+    """Scores what the stages wrote; miou_fg is the mean over the classes without background [D12]."""
     truth = load(args, "val", masks=True, fields=("mask",))
     if "mask" not in truth.fields:                                                    # own data may lack it
         return
@@ -697,16 +697,10 @@ def evaluate(args, run):
     result("val_ms", args.test_scales)
 
 
-def draw_panel(args, run):
-    """panels/val.png: contact sheet of the first 16 images, one row each."""
-    if rank() > 0:
-        return
-    truth, rows = load(args, "val", masks=True, fields=("mask",)), []
-    for sample in (truth[i] for i in range(min(16, len(truth)))):
-        labels = [read_label(run.path(stage, sample.name), truth.classes) for stage in ("val", "val_ms")]
-        labels += [sample.mask] if hasattr(sample, "mask") else []
-        rows.append([sample.image, *(overlay(sample.image, label) for label in labels)])
-    contact_sheet(run.path("panels", "val"), rows, ["image", "prediction", "multi-scale", "ground truth"])
+def draw_dfr(args, run):
+    """panels/val.png of what the stages wrote."""
+    truth = load(args, "val", masks=True, fields=("mask",))
+    draw_panels(run, "val", truth, {"prediction": "val", "multi-scale": "val_ms"})
 
 
 def predict_folder(args):
@@ -744,8 +738,8 @@ def main():
     net = train_segmenter(args, run, train_set)                                    # Eqs. (4.1)–(4.13)
     write_val(args, run, net, val_set)
     if not run.has("val_ms"):
-        draw_panel(args, run)
-        evaluate(args, run)
+        draw_dfr(args, run)
+        evaluate_labels(args, run)
     run.table()
 
 

@@ -67,11 +67,10 @@ from PIL import Image
 from scipy import ndimage
 
 from common import (
-    ASPP, CRF, DeepLab, Run, UserError, cells_to_pixels, confusion_of, contact_sheet, dense_crf,
-    detector_schedule, inference, instance_aps, instance_overlay, label_probs, make_backbone, mask_rcnn,
-    numbered, overlay, parse_args, pictures_to_predict, poly, pretrained, rank, read_instances,
-    read_predictor, reduce, save_instances, save_label, save_npz, save_prediction, start_processes,
-    weights_of, with_weights, world)
+    ASPP, CRF, DeepLab, Run, UserError, cells_to_pixels, confusion_of, dense_crf, detector_schedule,
+    draw_panels, inference, instance_aps, instance_overlay, label_probs, make_backbone, mask_rcnn, numbered,
+    parse_args, pictures_to_predict, poly, pretrained, read_instances, read_predictor, reduce, save_instances,
+    save_label, save_npz, save_prediction, start_processes, weights_of, with_weights, world)
 from data import (
     Draws, Sample, crop, flip, load, normalise, objects_of, read_label, rescale, resize_batch,
     resize_long, with_labels)
@@ -950,7 +949,7 @@ def instance_pairs(dataset, read):
 
 
 def evaluate_labels(args, run, split):
-    """Scores what the stages wrote. Only here and in the panels are masks of weak labels' images seen."""
+    """Scores what the stages wrote. Only here and in draw_irnet are masks of weak labels' images seen."""
     truth = load(args, split, masks=True, fields=("mask", "instances"))
     if "mask" not in truth.fields:                                                    # own data may lack it
         return
@@ -991,30 +990,26 @@ def field_colours(D):
     return np.array(Image.merge("HSV", channels).convert("RGB"))
 
 
-def draw_panels(args, run, split):
-    """panels/<split>.png: contact sheet of the first 16 images, one row each; train: as Fig. 9."""
-    if rank() > 0:
-        return
-    truth, rows = load(args, split, masks=True, fields=("mask", "instances")), []
-    columns = {"train": {"pseudo": "class labels"},
-               "val": {"val": "prediction", "val_crf": "prediction + CRF"}}
-    for sample in (truth[i] for i in range(min(16, len(truth)))):
-        image, row = sample.image, [sample.image]
-        if split == "train":
-            D, B = read_fields(run, sample.name)
-            row += [read_cam(run, sample.name, len(truth.classes)).max(0),
-                    field_colours(D - read_mean_displacement(run)), B]
-        folder = {"train": "instances_displacement", "val": "instances_val"}[split]
-        if split == "train" or args.mask_rcnn:
+def draw_irnet(args, run, split):
+    """panels/<split>.png of what the stages wrote; train: as Fig. 9."""
+    truth = load(args, split, masks=True, fields=("mask", "instances"))
+
+    def objects(folder, least):
+        def cell(sample):
             masks, _, scores = read_instances(run.path(folder, sample.name, ".npz"))
-            row.append(instance_overlay(image, masks, scores, 0.5 if split == "val" else 1e-8))
-        labels = [read_label(run.path(name, sample.name), truth.classes) for name in columns[split]]
-        labels += [sample.mask] if hasattr(sample, "mask") else []
-        rows.append([*row, *(overlay(image, label) for label in labels)])
-    titles = ["image", *(["CAM", "displacement field", "class boundary"] if split == "train" else []),
-              *(["instances"] if split == "train" or args.mask_rcnn else []), *columns[split].values(),
-              "ground truth"]
-    contact_sheet(run.path("panels", split), rows, titles)
+            return instance_overlay(sample.image, masks, scores, least)
+        return cell
+
+    if split == "train":
+        mean = read_mean_displacement(run)
+        columns = {"CAM": lambda s: read_cam(run, s.name, len(truth.classes)).max(0),
+                   "displacement field": lambda s: field_colours(read_fields(run, s.name)[0] - mean),
+                   "class boundary": lambda s: read_fields(run, s.name)[1],
+                   "instances": objects("instances_displacement", 1e-8), "class labels": "pseudo"}
+    else:
+        columns = {**({"instances": objects("instances_val", 0.5)} if args.mask_rcnn else {}),
+                   "prediction": "val", "prediction + CRF": "val_crf"}
+    draw_panels(run, split, truth, columns)
 
 
 def predict_folder(args):
@@ -1065,7 +1060,7 @@ def main():
         write_fields(args, run, irnet, train_set)                                       # D and B
         synthesise_labels(args, run, irnet.stride, train_set)                           # Eqs. (10)–(15)
         if not run.has("pseudo_instance"):
-            draw_panels(args, run, "train")
+            draw_irnet(args, run, "train")
             evaluate_labels(args, run, "train")
     segmenter = train_segmenter(args, run, train_set)
     write_predictions(args, run, segmenter, val_set)
@@ -1073,7 +1068,7 @@ def main():
         detector = train_detector(args, run, train_set)
         write_instances(args, run, detector, val_set)
     if not run.has("val_instance" if args.mask_rcnn else "val_crf"):
-        draw_panels(args, run, "val")
+        draw_irnet(args, run, "val")
         evaluate_labels(args, run, "val")
     run.table()
 

@@ -66,10 +66,10 @@ import torch.nn.functional as F
 from torchvision.models import resnet
 
 from common import (
-    ASPP, CRF, DeepLab, LargeFOVVGG, Run, UserError, cells_to_pixels, confusion_of, contact_sheet,
-    dense_crf, distribute, imagenet_weights, inference, load_exactly, make_backbone, overlay, parse_args,
-    pictures_to_predict, plain_fields, poly, pretrained, rank, read_predictor, read_state, reduce,
-    save_checkpoint, save_label, save_npz, save_prediction, start_processes, with_weights, world)
+    ASPP, CRF, DeepLab, LargeFOVVGG, Run, UserError, cells_to_pixels, confusion_of, dense_crf, distribute,
+    draw_panels, imagenet_weights, inference, load_exactly, make_backbone, parse_args, pictures_to_predict,
+    plain_fields, poly, pretrained, rank, read_predictor, read_state, reduce, save_checkpoint, save_label,
+    save_npz, save_prediction, start_processes, with_weights, world)
 from data import (
     Draws, Sample, changed, chosen_classes, coco_name, crop, flip, join, load, normalise, read_label,
     rescale, select, voc_root, with_labels)
@@ -795,16 +795,16 @@ def evaluate_stage(args, run, stage, split, timed, controls=None, notes=None, **
                **values)
 
 
-def draw_stages(args, run, split, columns):
-    """panels/<split>.png: contact sheet of the first 16 images, one row each.   columns {folder: title}"""
-    if rank() > 0:
-        return
-    truth, rows = target_set(args, split, masks=True), []
-    for s in (truth[i] for i in range(min(16, len(truth)))):
-        labels = [read_label(run.path(folder, s.name), truth.classes) for folder in columns]
-        labels += [s.mask] if hasattr(s, "mask") else []
-        rows.append([s.image, *(overlay(s.image, label) for label in labels)])
-    contact_sheet(run.path("panels", split), rows, ["image", *columns.values(), "ground truth"])
+def draw_lpg(args, run, split):
+    """panels/<split>.png of what the stages wrote; train: as Fig. 3."""
+    stages = range(1, args.stages + 1)
+    if split == "train":
+        columns = {"boxes": "boxes", **({"CRF": "pseudo_crf"} if args.crf != "none" else {}),
+                   **({"GrabCut": "pseudo_grabcut"} if args.grabcut_steps else {}),
+                   **{f"LPG, stage {n}": f"pseudo_{n}" for n in stages}}
+    else:
+        columns = {**{f"stage {n}": f"val_{n}" for n in stages}, "with CRF": "val_crf"}
+    draw_panels(run, split, target_set(args, split, masks=True), columns)
 
 
 def predict_folder(args):
@@ -953,12 +953,8 @@ def main():
             timed = [f"segmenter_{number}", f"val_{number}"]
             evaluate_stage(args, run, f"val_{number}", "val", timed, notes=notes, crf=False)
     if not run.has("val_crf"):
-        columns = {"boxes": "boxes", **({"pseudo_crf": "CRF"} if args.crf != "none" else {}),
-                   **({"pseudo_grabcut": "GrabCut"} if args.grabcut_steps else {})}
-        steps = range(1, N + 1)
-        if not full:
-            draw_stages(args, run, "train", columns | {f"pseudo_{n}": f"LPG, stage {n}" for n in steps})
-        draw_stages(args, run, "val", {f"val_{n}": f"stage {n}" for n in steps} | {"val_crf": "with CRF"})
+        for split in ("val",) if full else ("train", "val"):
+            draw_lpg(args, run, split)
         evaluate_stage(args, run, "val_crf", "val", ["val_crf"], notes=notes, crf=True)
     run.table()
 

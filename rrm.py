@@ -68,10 +68,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (
-    ASPP, CRF, DeepLab, Run, UserError, cells_to_pixels, confusion_of, contact_sheet, dense_crf,
-    dense_energy, inference, make_backbone, overlay, parse_args, pictures_to_predict, poly, pretrained,
-    rank, read_predictor, reduce, save_label, save_npz, save_prediction, start_processes, weights_of,
-    with_weights, world)
+    ASPP, CRF, DeepLab, Run, UserError, cells_to_pixels, confusion_of, dense_crf, dense_energy, draw_panels,
+    inference, make_backbone, parse_args, pictures_to_predict, poly, pretrained, read_predictor, reduce,
+    save_label, save_npz, save_prediction, start_processes, weights_of, with_weights, world)
 from data import (
     MEAN, STD, Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_label, rescale,
     resize_batch, resize_long, with_labels)
@@ -829,7 +828,7 @@ def read_cam(run, name, classes):
 
 
 def evaluate_labels(args, run, split):
-    """Scores what the stages wrote. Only here and in write_panels are masks of weak labels' images seen."""
+    """Scores what the stages wrote. Only here and in draw_rrm are masks of weak labels' images seen."""
     truth = load(args, split, masks=True, fields=("mask",))
     if "mask" not in truth.fields:                                                    # own data may lack it
         return
@@ -865,23 +864,16 @@ def evaluate_labels(args, run, split):
                scales=args.seg_scales)
 
 
-def write_panels(args, run, split):
-    """panels/<split>.png: contact sheet of the first 16 images, one row each."""
-    if rank() > 0:
-        return
+def draw_rrm(args, run, split):
+    """panels/<split>.png of what the stages wrote."""
+    truth = load(args, split, masks=True, fields=("mask",))
     if split == "train":
-        columns = {"seeds": "reliable regions", **({"pseudo": "pseudo mask"} if args.two_step else {})}
+        columns = {"CAM": lambda s: read_cam(run, s.name, len(truth.classes)).max(0),
+                   "reliable regions": "seeds", **({"pseudo mask": "pseudo"} if args.two_step else {})}
     else:
-        columns = {"val": "one step", "val_crf": "one step + CRF"}
-        columns |= {"val_two_step_crf": "two steps + CRF"} if args.two_step else {}
-    truth, rows = load(args, split, masks=True, fields=("mask",)), []
-    for sample in (truth[i] for i in range(min(16, len(truth)))):
-        cam = [read_cam(run, sample.name, len(truth.classes)).max(0)] if split == "train" else []
-        labels = [read_label(run.path(folder, sample.name), truth.classes) for folder in columns]
-        labels += [sample.mask] if hasattr(sample, "mask") else []
-        rows.append([sample.image, *cam, *(overlay(sample.image, label) for label in labels)])
-    titles = ["image", *(["CAM"] if split == "train" else []), *columns.values(), "ground truth"]
-    contact_sheet(run.path("panels", split), rows, titles)
+        columns = {"one step": "val", "one step + CRF": "val_crf",
+                   **({"two steps + CRF": "val_two_step_crf"} if args.two_step else {})}
+    draw_panels(run, split, truth, columns)
 
 
 def predict_folder(args):
@@ -938,7 +930,7 @@ def main():
     for split, last in (("train", "pseudo" if args.two_step else "seed"),
                         ("val", "val_two_step_crf" if args.two_step else "val_crf")):
         if not run.has(last) and (weak or split == "val"):
-            write_panels(args, run, split)
+            draw_rrm(args, run, split)
             evaluate_labels(args, run, split)
     run.table()
 

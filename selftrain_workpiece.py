@@ -61,6 +61,7 @@ Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (
              [D17] PSPNet's auxiliary loss (0.4) and scale, mirror and crop augmentation are PSPNet's paper's
 """
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -71,13 +72,12 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from common import (
-    CRF, DeepLab, PSPNet, Run, UserError, cells_to_pixels, confusion_of, contact_sheet, dense_crf,
-    inference, label_probs, make_backbone, overlay, parse_args, pictures_to_predict, poly, pretrained,
-    rank, read_predictor, reduce, save_label, save_npz, save_prediction, shard, start_processes,
-    weights_of, with_weights, world)
+    CRF, DeepLab, PSPNet, Run, UserError, cells_to_pixels, confusion_of, dense_crf, draw_panels, inference,
+    label_probs, make_backbone, parse_args, pictures_to_predict, poly, pretrained, read_predictor, reduce,
+    save_label, save_npz, save_prediction, shard, start_processes, weights_of, with_weights, world)
 from data import (
     DataError, Draws, Sample, changed, color_jitter, crop, flip, load, normalise, read_label, rescale,
-    resize_batch, resize_long, subset, with_labels)
+    resize_batch, resize_long, subset, tags_in, with_labels)
 
 
 # ── Args ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -815,20 +815,18 @@ def missed_share(run, train_set):
     return 100 * missed / max(1, tags)
 
 
-def draw_rounds(args, run, name, split, columns, several=False):
-    """panels/<name>.png: sheet of the first 16 images, one row each; several: of two parts or more."""
-    if rank() > 0:
-        return
-    truth, rows = load_real(args, split, masks=True), []
-    for s in (truth[i] for i in range(len(truth))):
-        if several and s.tags.sum() < 2: continue
-        cam = [read_cam(run, s.name, len(truth.classes)).max(0)] if columns[:1] == ["CAM"] else []
-        labels = [read_label(run.path(part, s.name), truth.classes) for part in columns if part != "CAM"]
-        labels += [s.mask] if hasattr(s, "mask") else []
-        rows.append([s.image, *cam, *(overlay(s.image, label) for label in labels)])
-        if len(rows) == 16: break
-    if rows:
-        contact_sheet(run.path("panels", name), rows, ["image", *columns, "ground truth"])
+def draw_selftrain(args, run, split, folders, cam=False):
+    """panels/<split>.png of the label maps in these folders, `cam`: beside the CAM; val: also
+    panels/several.png, of the pictures with two parts or more.
+    """
+    truth, columns = load_real(args, split, masks=True), {folder: folder for folder in folders}
+    if cam:
+        columns = {"CAM": lambda s: read_cam(run, s.name, len(truth.classes)).max(0), **columns}
+    draw_panels(run, split, truth, columns)
+    several = (name for name in truth.names if split == "val" and tags_in(truth, name).sum() > 1)
+    several = list(itertools.islice(several, 16))
+    if several:
+        draw_panels(run, "several", subset(truth, several), columns)
 
 
 def predict_folder(args):
@@ -872,14 +870,14 @@ def check_selftrain(args):
 def self_train(args, run, train_set, rendered, net, encoder):
     """Algorithm 1: rounds of top-down and bottom-up steps.   net: of --initial source -> the last network"""
     folder = labels = "initial"
-    columns = ["CAM", "initial"] if args.initial == "cam" else ["initial_raw", "initial"]
+    drawn = ["initial"] if args.initial == "cam" else ["initial_raw", "initial"]
     for number in range(1, args.rounds + 1):
         stage, last = f"round_{number}", number == args.rounds
         real = with_labels(train_set, pseudo=run.dir / labels)
         net = train_round(args, run, f"segmenter_{number}", args.seg_steps, number, real, rendered,
                           encoder, net)
         predict_train(args, run, net, train_set, stage)
-        columns.append(stage)
+        drawn.append(stage)
         values, change = {}, 1.0
         if not last:
             folder = f"pseudo_{number}"
@@ -895,7 +893,7 @@ def self_train(args, run, train_set, rendered, net, encoder):
             run.say(f"{100 * change:.1f} % of the labels changed: no further round")
             break
     if not run.has("val"):
-        draw_rounds(args, run, "train", "train", columns)
+        draw_selftrain(args, run, "train", drawn, cam=args.initial == "cam")
     return net
 
 
@@ -930,8 +928,7 @@ def main():
         net = self_train(args, run, train_set, rendered, net, encoder)                  # Algorithm 1
     write_predictions(args, run, net, val_set)
     if not run.has("val_crf"):
-        draw_rounds(args, run, "val", "val", ["val", "val_crf"])
-        draw_rounds(args, run, "several", "val", ["val", "val_crf"], several=True)       # Fig. 5
+        draw_selftrain(args, run, "val", ["val", "val_crf"])
         for stage in ("val", "val_crf"):
             evaluate(args, run, stage, "val", stage, ["val"], crf=stage == "val_crf")
     run.table()
