@@ -771,18 +771,18 @@ def eq3_13_gaussian(squared_xy, squared_rgb, sigma_xy, sigma_rgb):
     return torch.exp(-squared_xy / (2 * sigma_xy**2) - squared_rgb / (2 * sigma_rgb**2))
 
 
-def eq3_12_affinity_regularised(distance, colour, real, offsets, sigma_xy, sigma_rgb):
+def eq3_12_affinity_regularised(distance, colour, valid, offsets, sigma_xy, sigma_rgb):
     """Eq. (3.12): mean_ij G(i,j) ‖F_A(i) − F_A(j)‖₁ / d_A.   [D5]
 
-    distance (B,P), colour (B,h,w,3), real (B,h,w) bool: False in the crop's padding
+    distance (B,P), colour (B,h,w,3), valid (B,h,w) bool: False in the crop's padding
     """
-    G, valid = [], []
+    G, inside = [], []
     for dy, dx in offsets:
         a, b = shifted(colour, dy, dx)
-        valid.append(torch.logical_and(*shifted(real, dy, dx)).flatten(1))
+        inside.append(torch.logical_and(*shifted(valid, dy, dx)).flatten(1))
         rgb = (a - b).pow(2).sum(-1).flatten(1)
         G.append(eq3_13_gaussian(torch.full_like(rgb, dy * dy + dx * dx), rgb, sigma_xy, sigma_rgb))
-    return masked_mean(torch.cat(G, dim=1) * distance, torch.cat(valid, dim=1))
+    return masked_mean(torch.cat(G, dim=1) * distance, torch.cat(inside, dim=1))
 
 
 def cell_colours(image, stride):
@@ -1024,9 +1024,9 @@ def group_rates(net, new_layers, lr, weight_decay):
 
 
 def seam_augment(args):
-    """SEAM's augmentation, of classifier and affinity CNN.   -> function of a Sample and a numpy generator"""
+    """SEAM's augmentation, of two networks; `pseudo` becomes 255 in the crop's padding, 0 elsewhere."""
     def augment(sample, rng):
-        sample = changed(sample, pseudo=np.zeros_like(sample.image[..., 0]))    # 255 after the crop = padding
+        sample = changed(sample, pseudo=np.zeros_like(sample.image[..., 0]))
         sample = resize_long(sample, int(rng.integers(args.cam_resize[0], args.cam_resize[1] + 1)))
         sample = flip(sample) if rng.random() < 0.5 else sample
         return normalise(crop(color_jitter(sample, rng, 0.3, 0.3, 0.3, 0.1), args.cam_crop, rng))
@@ -1036,14 +1036,14 @@ def seam_augment(args):
 def train_classifier(args, run, train_set):
     """SEAM on image tags (Algorithm 2, first loop)."""
     run.reseed("classifier")
-    frozen = pretrained(args.cam_backbone, args.weights)
+    start = pretrained(args.cam_backbone, args.weights)
     weights = weights_of(args.cam_backbone, args.weights)
-    net = SEAM(make_backbone(args.cam_backbone, weights, args.cam_stride, frozen),
-               len(train_set.classes), args.pcm_power)
+    backbone = make_backbone(args.cam_backbone, weights, args.cam_stride, start)
+    net = SEAM(backbone, len(train_set.classes), args.pcm_power)
     ddp = run.place(net).train()
-    optim = torch.optim.SGD(
-        group_rates(net, net.new_layers if frozen else [], args.cam_lr, args.weight_decay),
-        lr=args.cam_lr, momentum=args.cam_momentum)
+    new_layers = net.new_layers if start else []
+    optim = torch.optim.SGD(group_rates(net, new_layers, args.cam_lr, args.weight_decay),
+                            lr=args.cam_lr, momentum=args.cam_momentum)
     draws, schedule = Draws(train_set, seam_augment(args), args.seed), poly(args.cam_steps)
     for step, batch in run.steps("classifier", draws, args.cam_steps, args.cam_batch, net, optim, schedule):
         small = F.interpolate(batch.image, scale_factor=args.er_scale, mode="bilinear", align_corners=False)
@@ -1150,8 +1150,8 @@ def train_affinity(args, run, classifier, train_set):
     ddp = run.place(net).train()
     optim = torch.optim.SGD(group_rates(net, net.new_layers, args.aff_lr, args.weight_decay),
                             lr=args.aff_lr, momentum=args.aff_momentum)
-    seeds = with_labels(train_set, seed=run.dir / SEEDS[args.aff_labels])
-    draws, schedule = Draws(seeds, seam_augment(args), args.seed), poly(args.aff_steps)
+    labelled = with_labels(train_set, seed=run.dir / SEEDS[args.aff_labels])
+    draws, schedule = Draws(labelled, seam_augment(args), args.seed), poly(args.aff_steps)
     offsets, s = window_offsets(args.aff_radius), args.stride
     for step, batch in run.steps("affinity", draws, args.aff_steps, args.aff_batch, net, optim, schedule):
         with run.autocast():
@@ -1161,8 +1161,8 @@ def train_affinity(args, run, classifier, train_set):
         loss = loss_ac = eq3_10_affinity_loss(distance, L_A, first, args.split_positives)
         loss_ar = torch.zeros(())
         if args.affinity_reg:
-            colour, real = cell_colours(batch.image, s).permute(0, 2, 3, 1), batch.pseudo[:, ::s, ::s] == 0
-            loss_ar = eq3_12_affinity_regularised(distance, colour, real, offsets,
+            colour = cell_colours(batch.image, s).permute(0, 2, 3, 1)
+            loss_ar = eq3_12_affinity_regularised(distance, colour, batch.pseudo[:, ::s, ::s] != 255, offsets,
                                                   args.gauss_xy, args.gauss_rgb)
             loss = loss + args.w_affinity_reg * loss_ar                                 # Eq. (3.9)
         optim.zero_grad()
@@ -1497,8 +1497,8 @@ def train_detector(args, run, train_set):
     ddp = run.place(net).train()
     optim = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=args.inst_lr, momentum=0.9,
                             weight_decay=args.inst_weight_decay)
-    draws = Draws(Objects(train_set, None if args.supervision == "full" else run.dir / "instances"), augment,
-                  args.seed)
+    folder = None if args.supervision == "full" else run.dir / "instances"
+    draws = Draws(Objects(train_set, folder), augment, args.seed)
     schedule = detector_schedule(args.inst_steps, args.inst_warmup)
     for step, batch in run.steps("detector", draws, args.inst_steps, args.inst_batch, net, optim, schedule):
         targets = detector_targets(batch)
@@ -1723,26 +1723,32 @@ def predict_folder(args):
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────
+def check_a2gnn(args, val_set):
+    """What would else fail after hours fails now."""
+    instance = args.task == "instance"
+    if instance and args.supervision not in ("box", "full"):
+        raise UserError(f"--task instance needs boxes: --supervision box (or full), not {args.supervision}")
+    if instance and "instances" not in val_set.fields:
+        raise UserError("--task instance: the val pictures have no instance masks (val/instances in a folder "
+                        "of your own, SegmentationObject in VOC) to score with")
+    if instance:                                                                       # wrong weights: now
+        make_detector(args.backbone, args.weights, args.inst_size, args.inst_width, args.inst_rois, 1)
+    else:
+        make_network(args.segmenter, args.backbone, args.weights, args.seg_stride, args.seg_rates, 1)
+
+
 def main():
+    """Algorithm 2 from top to bottom, then the last network; --supervision full: that network alone."""
     args = parse_args(Args, __doc__, presets={"shapes": SHAPES, "photos": PHOTOS})
     args.cam_backbone = args.backbone if args.cam_backbone == "same" else args.cam_backbone
     if args.predict:
         return predict_folder(args)
-    instance = args.task == "instance"
-    if instance and args.supervision not in ("box", "full"):
-        raise UserError(f"--task instance needs boxes: --supervision box (or full), not {args.supervision}")
-    seen = ("mask", "instances")
-    train_set = load(args, "train", fields=seen if args.supervision == "full" else None)
+    weak, instance, seen = args.supervision != "full", args.task == "instance", ("mask", "instances")
+    train_set = load(args, "train", fields=None if weak else seen)
     val_set = load(args, "val", fields=seen)
-    if instance and "instances" not in val_set.fields:
-        raise UserError("--task instance: the val pictures have no instance masks (val/instances in a folder "
-                        "of your own, SegmentationObject in VOC) to score with")
-    if instance:                                                                        # wrong weights: now
-        make_detector(args.backbone, args.weights, args.inst_size, args.inst_width, args.inst_rois, 1)
-    else:
-        make_network(args.segmenter, args.backbone, args.weights, args.seg_stride, args.seg_rates, 1)
+    check_a2gnn(args, val_set)
     run = Run(args, FIELDS)
-    if args.supervision != "full":
+    if weak:
         classifier = train_classifier(args, run, train_set)                             # Eq. (3.1)
         write_seeds(args, run, classifier, train_set)                                   # Eqs. (3.1)–(3.5)
         affinity = train_affinity(args, run, classifier, train_set)                     # Eqs. (3.6)–(3.13)
@@ -1754,9 +1760,11 @@ def main():
             draw_a2gnn(args, run, "train")
             evaluate_labels(args, run, "train")
     if instance:
-        write_detections(args, run, train_detector(args, run, train_set), val_set)
+        detector = train_detector(args, run, train_set)
+        write_detections(args, run, detector, val_set)
     else:
-        write_predictions(args, run, train_segmenter(args, run, train_set), val_set)
+        segmenter = train_segmenter(args, run, train_set)
+        write_predictions(args, run, segmenter, val_set)
     if not run.has("val_instance" if instance else "val_crf"):
         draw_a2gnn(args, run, "val")
         evaluate_labels(args, run, "val")

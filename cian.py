@@ -491,8 +491,8 @@ def train_classifier(args, run, train_set):
     run.reseed("classifier")
     start = pretrained(args.cam_backbone, args.weights)
     weights = weights_of(args.cam_backbone, args.weights)
-    net = Classifier(make_backbone(args.cam_backbone, weights, args.cam_stride, start),
-                     len(train_set.classes), pool5=args.cam_backbone == "vgg16")
+    backbone = make_backbone(args.cam_backbone, weights, args.cam_stride, start)
+    net = Classifier(backbone, len(train_set.classes), pool5=args.cam_backbone == "vgg16")
     ddp = run.place(net).train()
     optim = torch.optim.SGD(two_rates(net, args.cam_lr, 10 if start else 1), lr=args.cam_lr,
                             momentum=args.momentum, weight_decay=args.weight_decay)
@@ -632,22 +632,22 @@ def predict(net, image, scales, device):
     return (total / (2 * len(scales))).cpu().numpy()
 
 
-def predict_set(args, run, net, dataset, plain, refined, crf, stage=None, by_tags=False):
-    """Predictions without and with CRF.   Writes <plain>/*.png and <refined>/*.png
+def predict_set(args, run, net, dataset, plain, sharp, crf, by_tags=False):
+    """Predictions without and with CRF.   Writes <plain>/*.png and <sharp>/*.png
 
     by_tags [D15]: classes that the image does not have, by its tags, get probability 0
     """
-    with run.timed(refined):
-        for names in run.todo(dataset.names, refined, chunk=16, stage=stage, beside=(plain,)):
+    with run.timed(sharp):
+        for names in run.todo(dataset.names, sharp, chunk=16, stage=sharp, beside=(plain,)):
             samples = [dataset[dataset.index(name)] for name in names]
             probs = [predict(net, s.image, args.test_scales, run.device) for s in samples]
             if by_tags:
                 probs = [prob * np.r_[True, s.tags][:, None, None] for s, prob in zip(samples, probs)]
                 probs = [prob / prob.sum(0, keepdims=True).clip(1e-12) for prob in probs]
-            sharp = dense_crf([s.image for s in samples], probs, crf, args.crf, args.workers, run.device)
-            for name, prob, Q in zip(names, probs, sharp):
+            refined = dense_crf([s.image for s in samples], probs, crf, args.crf, args.workers, run.device)
+            for name, prob, Q in zip(names, probs, refined):
                 save_label(run.path(plain, name), prob.argmax(0))
-                save_label(run.path(refined, name), Q.argmax(0))
+                save_label(run.path(sharp, name), Q.argmax(0))
 
 
 def evaluate_stage(args, run, stage, split, folder, timed, **values):
@@ -779,7 +779,7 @@ def evaluate_round(args, run, net, number, last):
 
 
 def predict_folder(args):
-    """--predict: masks and overlays of a picture or a folder, by the segmentation network of --checkpoint.
+    """--predict: masks and overlays of a picture or a folder, by the network of --checkpoint.
 
     Writes predict/*.png, predict/*_overlay.png beside the checkpoint (or in --out, where that is given).
     """
@@ -793,8 +793,8 @@ def predict_folder(args):
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────
-def check_args(args, train_set):
-    """What would else fail after hours: wrong numbers, missing saliency maps or masks."""
+def check_cian(args, train_set):
+    """What would else fail after hours fails now."""
     group = world() * (1 + args.references)
     if args.references < 1 or args.rounds < 1:
         raise UserError("--references and --rounds: give 1 or more (--no-cross trains without references)")
@@ -819,13 +819,14 @@ def check_args(args, train_set):
 
 
 def main():
+    """Fig. 2 from seeds to retraining, round by round; --supervision full: one round on ground truth."""
     args = parse_args(Args, __doc__, presets={"shapes": SHAPES, "photos": PHOTOS})
     args.cam_backbone = args.backbone if args.cam_backbone == "same" else args.cam_backbone
     if args.predict:
         return predict_folder(args)
     train_set, val_set = (load(args, split, fields=("mask",)) for split in ("train", "val"))
     start_processes(args.device)
-    check_args(args, train_set)
+    check_cian(args, train_set)
     run, weak = Run(args, FIELDS), args.supervision != "full"
     if weak:
         classifier = train_classifier(args, run, train_set)                             # §Initial Seeds
@@ -846,7 +847,7 @@ def main():
         evaluate_round(args, run, net, number, last)
         if not last:                                                                    # retraining
             folder = f"pseudo_{number}"
-            predict_set(args, run, net, train_set, f"{folder}_raw", folder, args.retrain_crf, folder,
+            predict_set(args, run, net, train_set, f"{folder}_raw", folder, args.retrain_crf,
                         args.retrain_tags)
             if not run.has(folder):
                 draw_cian(args, run, "train", {"seed": "seeds", "retraining label": folder})

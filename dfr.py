@@ -514,6 +514,7 @@ def all_losses(args, logits, feature, image, M_s, valid):
 def shorten(scribble, length):
     """Keeps this share of each stroke, its middle, measured along it; 0 = a spot.   [D10]   (H,W) uint8"""
     from skimage.graph import MCP_Geometric
+
     out = np.full_like(scribble, 255)
     for k in np.setdiff1d(scribble, 255):
         strokes, count = ndimage.label(scribble == k, np.ones((3, 3)))
@@ -565,7 +566,7 @@ def varied_crop(sample, size, rng, cat_max_ratio):
     return part
 
 
-def augment_with(args):
+def train_augment(args):
     """§4.3.2's augmentation; `pseudo` becomes 255 in the crop's padding, 0 elsewhere."""
     def augment(sample, rng):
         if args.scribble_length < 1 and args.supervision == "scribble":
@@ -627,7 +628,7 @@ def train_segmenter(args, run, train_set):
     ddp = run.place(net).train()
     groups = parameter_groups(net, args.weight_decay, args.seg_lr, args.head_rate)
     optim = torch.optim.AdamW(groups, lr=args.seg_lr, betas=(0.9, 0.999))
-    draws, schedule = Draws(train_set, augment_with(args), args.seed), rates(args.seg_steps, args.warmup)
+    draws, schedule = Draws(train_set, train_augment(args), args.seed), rates(args.seg_steps, args.warmup)
     for step, batch in run.steps("segmenter", draws, args.seg_steps, args.seg_batch, net, optim, schedule):
         label = batch.mask if args.supervision == "full" else batch.scribble            # [D11]
         with run.autocast():
@@ -666,16 +667,15 @@ def predict(net, image, fit, scales, mirror, device):
     return (total[0] / (len(scales) * (1 + mirror))).cpu().numpy()
 
 
-def write_val(args, run, net, val_set):
-    """Single-scale and multi-scale predictions.   Writes val/*.png and val_ms/*.png"""
+def predict_val(args, run, net, val_set):
+    """Predictions at a single scale and at several.   Writes val/*.png and val_ms/*.png"""
     with run.timed("val"):
-        for names in run.todo(val_set.names, "val_ms", chunk=16):
-            for name in names:
-                image = val_set[val_set.index(name)].image
-                single = predict(net, image, args.fit, (1.0,), False, run.device)
-                many = predict(net, image, args.fit, args.test_scales, True, run.device)
-                save_label(run.path("val", name), single.argmax(0))
-                save_label(run.path("val_ms", name), many.argmax(0))
+        for (name,) in run.todo(val_set.names, "val_ms"):
+            image = val_set[val_set.index(name)].image
+            single = predict(net, image, args.fit, (1.0,), False, run.device)
+            many = predict(net, image, args.fit, args.test_scales, True, run.device)
+            save_label(run.path("val", name), single.argmax(0))
+            save_label(run.path("val_ms", name), many.argmax(0))
 
 
 def evaluate_labels(args, run):
@@ -717,10 +717,8 @@ def predict_folder(args):
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────
-def main():
-    args = parse_args(Args, __doc__, presets={"shapes": SHAPES, "photos": PHOTOS})
-    if args.predict:
-        return predict_folder(args)
+def check_dfr(args):
+    """What would else fail after hours fails now."""
     if not 0 <= args.scribble_length <= 1:
         raise UserError(f"--scribble-length {args.scribble_length}: give a share from 0 to 1")
     if args.seg_crop % 32:
@@ -731,12 +729,20 @@ def main():
         raise UserError("--radius: give 1 or more; --sigma-xy, --sigma-rgb, --sigma-feature: above 0")
     if args.supervision != "full" and args.dfr_loss and not kernel_parts(args):
         raise UserError(f"--kernel {args.kernel} without --consistency-head leaves nothing to compare")
+    make_dfr(args, args.weights, 1)                                                    # wrong weights: now
+
+
+def main():
+    """Fig. 4.1 from training to test; --supervision full: the same network on ground truth."""
+    args = parse_args(Args, __doc__, presets={"shapes": SHAPES, "photos": PHOTOS})
+    if args.predict:
+        return predict_folder(args)
     label = "mask" if args.supervision == "full" else "scribble"
     train_set, val_set = load(args, "train", fields=(label,)), load(args, "val", fields=("mask",))
-    make_dfr(args, args.weights, 1)                                            # wrong weights: say so now
+    check_dfr(args)
     run = Run(args, FIELDS)
-    net = train_segmenter(args, run, train_set)                                    # Eqs. (4.1)–(4.13)
-    write_val(args, run, net, val_set)
+    net = train_segmenter(args, run, train_set)                                         # Eqs. (4.1)–(4.13)
+    predict_val(args, run, net, val_set)
     if not run.has("val_ms"):
         draw_dfr(args, run)
         evaluate_labels(args, run)

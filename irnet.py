@@ -584,6 +584,7 @@ def group_rates(net, new_layers, lr, weight_decay):
 
 
 def classifier_backbone(args):
+    """§3: backbone of classifier and IRNet."""
     net = make_backbone(args.backbone, args.weights, args.cam_stride, pretrained(args.backbone, args.weights))
     return without_dilation(net)
 
@@ -599,9 +600,9 @@ def train_classifier(args, run, train_set):
     start = pretrained(args.backbone, args.weights)
     net = CamNet(classifier_backbone(args), len(train_set.classes), cut=start)
     ddp = run.place(net).train()
-    optim = torch.optim.SGD(
-        group_rates(net, [net.phi] if start else [], args.cam_lr, args.weight_decay),
-        lr=args.cam_lr, momentum=args.cam_momentum)
+    new_layers = [net.phi] if start else []
+    optim = torch.optim.SGD(group_rates(net, new_layers, args.cam_lr, args.weight_decay),
+                            lr=args.cam_lr, momentum=args.cam_momentum)
     draws, schedule = Draws(train_set, augment, args.seed), poly(args.cam_steps)
     for step, batch in run.steps("classifier", draws, args.cam_steps, args.cam_batch, net, optim, schedule):
         with run.autocast():
@@ -781,8 +782,9 @@ def synthesise_labels(args, run, stride, train_set):
 
 
 def make_segmenter(backbone, weights, stride, rates, classes):
+    """DeepLab-v2.   [D2]"""
     net = make_backbone(backbone, weights_of(backbone, weights), stride, pretrained(backbone, weights))
-    return DeepLab(net, ASPP(net.channels[-1], classes + 1, rates))                            # [D2]
+    return DeepLab(net, ASPP(net.channels[-1], classes + 1, rates))
 
 
 def train_segmenter(args, run, train_set):
@@ -881,9 +883,8 @@ def train_detector(args, run, train_set):
     ddp = run.place(net).train()
     optim = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=args.inst_lr, momentum=0.9,
                             weight_decay=args.weight_decay)
-    full = args.supervision == "full"
-    draws = Draws(Instances(train_set, None if full else run.dir / f"instances_{args.train_on}"), augment,
-                  args.seed)
+    folder = None if args.supervision == "full" else run.dir / f"instances_{args.train_on}"
+    draws = Draws(Instances(train_set, folder), augment, args.seed)
     schedule = detector_schedule(args.inst_steps, args.inst_warmup)
     for step, batch in run.steps("detector", draws, args.inst_steps, args.inst_batch, net, optim, schedule):
         targets = targets_of(batch.instances, batch.pseudo)
@@ -926,12 +927,12 @@ def write_predictions(args, run, net, val_set):
 def predict_instances(net, image, device):
     """image (H,W,3) uint8 -> masks (M,H,W) bool, classes (M,) from 1, scores (M,), best first"""
     found = net([normalise(Sample(image=image)).image.to(device)])[0]
-    return tuple((found[key][:, 0] > 0.5 if key == "masks" else found[key]).cpu().numpy()
-                 for key in ("masks", "labels", "scores"))
+    masks = found["masks"][:, 0] > 0.5
+    return masks.cpu().numpy(), found["labels"].cpu().numpy(), found["scores"].cpu().numpy()
 
 
 def write_instances(args, run, net, val_set):
-    """Writes instances_val/*.npz, by Mask R-CNN."""
+    """Mask R-CNN's instances.   Writes instances_val/*.npz"""
     with run.timed("val_instance"):
         for (name,) in run.todo(val_set.names, "instances_val"):
             found = predict_instances(net, val_set[val_set.index(name)].image, run.device)
@@ -1039,12 +1040,8 @@ def predict_folder(args):
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────
-def main():
-    args = parse_args(Args, __doc__, presets={"shapes": SHAPES, "photos": PHOTOS})
-    if args.predict:
-        return predict_folder(args)
-    train_set = load(args, "train", fields=("mask", "instances"))
-    val_set = load(args, "val", fields=("mask",))
+def check_irnet(args):
+    """What would else fail after hours fails now."""
     if args.irn_radius < 2:
         raise UserError(f"--irn-radius {args.irn_radius}: give 2 or more; below there are no pairs")
     if args.irn_crop % args.cam_stride:
@@ -1052,6 +1049,16 @@ def main():
                         "the levels of IRNet would not lie in line")
     classifier_backbone(args)                                       # wrong weights, impossible strides: now
     make_segmenter(args.backbone, args.weights, args.seg_stride, args.seg_rates, 1)
+
+
+def main():
+    """Fig. 1 from left to right, then the last two networks; --supervision full: those two alone."""
+    args = parse_args(Args, __doc__, presets={"shapes": SHAPES, "photos": PHOTOS})
+    if args.predict:
+        return predict_folder(args)
+    train_set = load(args, "train", fields=("mask", "instances"))
+    val_set = load(args, "val", fields=("mask",))
+    check_irnet(args)
     run = Run(args, FIELDS)
     if args.supervision != "full":
         classifier = train_classifier(args, run, train_set)                             # Eq. (1)

@@ -535,9 +535,9 @@ def train_segmenter(args, run, stage, dataset, folder, number, net=None):
                            len(dataset.classes))
     ddp = run.place(net).train()
     last = net.head[-1] if args.backbone == "vgg16" else net.head
-    new = [last] if pretrained(args.backbone, args.weights) else []                     # [D15]
-    optim = torch.optim.SGD(group_rates(net, new, args.seg_lr, args.weight_decay), lr=args.seg_lr,
-                            momentum=args.momentum)                                     # [D9] [D18]
+    new_layers = [last] if pretrained(args.backbone, args.weights) else []              # [D15]
+    optim = torch.optim.SGD(group_rates(net, new_layers, args.seg_lr, args.weight_decay),
+                            lr=args.seg_lr, momentum=args.momentum)                     # [D9] [D18]
     labelled = with_labels(dataset, pseudo=run.dir / folder) if folder else dataset
     draws, schedule = Draws(labelled, augment, 1000 * args.seed + number), poly(args.seg_steps)
     for step, batch in run.steps(stage, draws, args.seg_steps, args.seg_batch, net, optim, schedule):
@@ -549,8 +549,7 @@ def train_segmenter(args, run, stage, dataset, folder, number, net=None):
         optim.zero_grad()
         loss.backward()
         optim.step()
-        run.log(step, loss=loss, known=(label != 255).float().mean(),
-                background=(label == 0).float().mean())
+        run.log(step, loss=loss, known=(label != 255).float().mean(), background=(label == 0).float().mean())
     return net.eval()
 
 
@@ -713,7 +712,7 @@ def write_boxes(run, folder, dataset):
 def write_box_crf(args, run, dataset):
     """Table III's dense CRF on the boxes [D11].   Writes pseudo_crf/*.png"""
     with run.timed("pseudo_crf"):
-        for names in run.todo(dataset.names, "pseudo_crf", 16, "pseudo_crf"):
+        for names in run.todo(dataset.names, "pseudo_crf", chunk=16, stage="pseudo_crf"):
             samples = [dataset[dataset.index(name)] for name in names]
             unaries = [box_unaries(s.boxes, args.box_centre, *s.image.shape[:2]) for s in samples]
             refined = dense_crf([s.image for s in samples], [prob for _, prob in unaries], args.label_crf,
@@ -725,7 +724,7 @@ def write_box_crf(args, run, dataset):
 def write_grabcut(args, run, dataset):
     """GrabCut in the boxes.   Writes pseudo_grabcut/*.png"""
     with run.timed("pseudo_grabcut"), ThreadPoolExecutor(max(1, args.workers)) as pool:
-        for names in run.todo(dataset.names, "pseudo_grabcut", 16, "pseudo_grabcut"):
+        for names in run.todo(dataset.names, "pseudo_grabcut", chunk=16, stage="pseudo_grabcut"):
             samples = [dataset[dataset.index(name)] for name in names]
             cuts = pool.map(lambda s: grabcut_label(s.image, s.boxes, args.grabcut_steps), samples)
             for name, cut in zip(names, cuts): save_label(run.path("pseudo_grabcut", name), cut)
@@ -756,7 +755,7 @@ def predict_val(args, run, net, val_set, number, last):
     """Predictions of one stage, of the last with CRF too [D16].   Writes val_<number>/*.png, val_crf/*.png"""
     plain = f"val_{number}"
     final = "val_crf" if last else plain
-    for names in run.todo(val_set.names, final, 16):
+    for names in run.todo(val_set.names, final, chunk=16):
         with run.timed(plain):
             images = [val_set[val_set.index(name)].image for name in names]
             probs = [predict(net, image, run.device) for image in images]
@@ -808,7 +807,7 @@ def draw_lpg(args, run, split):
 
 
 def predict_folder(args):
-    """--predict: masks and overlays of a picture or a folder, by the segmentation network of --checkpoint.
+    """--predict: masks and overlays of a picture or a folder, by the network of --checkpoint.
 
     Writes predict/*.png, predict/*_overlay.png beside the checkpoint (or in --out, where that is given).
     """
@@ -881,12 +880,12 @@ def auxiliary_set(args, target, val):
     return select(every, names=[name for name in every.names if name in kept])
 
 
-def settle_args(args):
+def settle_lpg(args):
     """Fields that are left open get their values; what would else fail after hours fails now."""
-    for field, value in TABLE_I[args.backbone == "vgg16"].items():
-        if field != "seg_crf": setattr(args, field, getattr(args, field) or value)
-    theirs = TABLE_I[args.backbone == "vgg16"]["seg_crf"]
-    args.seg_crf = CRF(*(mine or default for mine, default in zip(args.seg_crf, theirs)))
+    own = TABLE_I[args.backbone == "vgg16"]
+    for field in ("seg_steps", "seg_batch", "seg_lr"):
+        setattr(args, field, getattr(args, field) or own[field])
+    args.seg_crf = CRF(*(given or value for given, value in zip(args.seg_crf, own["seg_crf"])))
     g = make_generator(args.generator_net, args.hg_dims, args.hg_modules, args.hg_features)
     if args.gen_crop % g.multiple:
         raise UserError(f"--gen-crop {args.gen_crop}: give a multiple of {g.multiple} for this generator")
@@ -908,13 +907,14 @@ def settle_args(args):
 
 
 def main():
+    """Fig. 1 on the auxiliary set, then Fig. 2 on the target; --supervision full: Fig. 2 on ground truth."""
     args = parse_args(Args, __doc__, presets={"shapes": SHAPES, "photos": PHOTOS})
     if args.predict:
         return predict_folder(args)
-    start_processes(args.device)
-    settle_args(args)
-    full, semi, N = args.supervision == "full", args.supervision == "semi", args.stages
     train_set, val_set = target_set(args, "train"), target_set(args, "val")
+    start_processes(args.device)
+    settle_lpg(args)
+    full, semi, N = args.supervision == "full", args.supervision == "semi", args.stages
     truth = semi_set(args, train_set) if semi else None
     if not len(train_set) or not len(val_set):
         raise UserError(f"--classes {args.classes}: no picture of train, or none of val, shows one of them")

@@ -619,8 +619,9 @@ def group_rates(net, new_layers, lr, weight_decay):
 
 
 def make_classifier(args, stride, weights, classes):
-    frozen = pretrained(args.backbone, args.weights)
-    return ClassificationBranch(make_backbone(args.backbone, weights, stride, frozen), classes)
+    """Classification branch; weights "none" where they are loaded afterwards."""
+    start = pretrained(args.backbone, args.weights)
+    return ClassificationBranch(make_backbone(args.backbone, weights, stride, start), classes)
 
 
 def make_rrm(args, weights, classes):
@@ -719,8 +720,9 @@ def train_joint(args, run, classifier, train_set):
 
 
 def make_segmenter(backbone, weights, stride, rates, classes):
+    """DeepLab-v2.   [D2]"""
     net = make_backbone(backbone, weights_of(backbone, weights), stride, pretrained(backbone, weights))
-    return DeepLab(net, ASPP(net.channels[-1], classes + 1, rates))                            # [D2]
+    return DeepLab(net, ASPP(net.channels[-1], classes + 1, rates))
 
 
 def train_segmenter(args, run, train_set):
@@ -778,12 +780,11 @@ def one_step(net):
     return lambda image: net.segment(image)[0]
 
 
-def write_masks(args, run, dataset, folders, score, stride, scales, mirror, crf, by_tags=False):
-    """Predictions without and with CRF.   Writes *.png in the two folders.
+def predict_set(args, run, score, dataset, plain, sharp, crf, stride, scales, mirror, by_tags=False):
+    """Predictions without and with CRF.   Writes <plain>/*.png and <sharp>/*.png
 
     by_tags [D15]: classes that the image does not have, by its tags, get probability 0
     """
-    plain, sharp = folders
     with run.timed(plain):
         for names in run.todo(dataset.names, sharp, chunk=16, stage=sharp, beside=(plain,)):
             samples = [dataset[dataset.index(name)] for name in names]
@@ -804,19 +805,18 @@ def write_mined(args, run, net, train_set):
     Writes cam/*.npz (P_fg) and seeds/*.png. Nothing is trained on them.
     """
     with run.timed("seeds"):
-        for names in run.todo(train_set.names, "seeds", chunk=16, stage="seeds", beside=("cam",)):
-            for name in names:
-                sample = train_set[train_set.index(name)]
-                s = normalise(sample)
-                x = s.image[None].to(run.device, memory_format=torch.channels_last)
-                cam = net.classification.multi_scale_cam(x, net.classification(x)[1], args.cam_scales,
-                                                         args.stride)
-                tags, valid = s.tags[None].to(run.device), torch.ones_like(x[:, 0], dtype=torch.bool)
-                label = mine(to_rgb(x), cam, tags, valid, **mining_options(args))[0]
-                present = np.flatnonzero(sample.tags)
-                P_fg = eq2_3_foreground(cam[0])[present].cpu().numpy()
-                save_npz(run.path("cam", name, ".npz"), cam=P_fg.astype(np.float16), present=present)
-                save_label(run.path("seeds", name), label.cpu())
+        for (name,) in run.todo(train_set.names, "seeds", stage="seeds", beside=("cam",)):
+            sample = train_set[train_set.index(name)]
+            s = normalise(sample)
+            x = s.image[None].to(run.device, memory_format=torch.channels_last)
+            feature = net.classification(x)[1]
+            cam = net.classification.multi_scale_cam(x, feature, args.cam_scales, args.stride)
+            tags, valid = s.tags[None].to(run.device), torch.ones_like(x[:, 0], dtype=torch.bool)
+            label = mine(to_rgb(x), cam, tags, valid, **mining_options(args))[0]
+            present = np.flatnonzero(sample.tags)
+            P_fg = eq2_3_foreground(cam[0])[present].cpu().numpy()
+            save_npz(run.path("cam", name, ".npz"), cam=P_fg.astype(np.float16), present=present)
+            save_label(run.path("seeds", name), label.cpu())
 
 
 def read_cam(run, name, classes):
@@ -899,34 +899,40 @@ def predict_folder(args):
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────
-def main():
-    args = parse_args(Args, __doc__, presets={"shapes": SHAPES, "photos": PHOTOS})
-    args.seg_backbone = args.backbone if args.seg_backbone == "same" else args.seg_backbone
-    if args.predict:
-        return predict_folder(args)
+def check_rrm(args):
+    """What would else fail after hours fails now."""
     if not 0 < args.ratio <= 1 or args.gamma <= 0 or args.gamma_high < 0:
         raise UserError("--ratio: give a share above 0 up to 1; --gamma: above 0; --gamma-high: 0 or more")
     if min(args.local_dilation, args.local_width, args.attention_width, args.energy_xy, args.energy_rgb) <= 0:
         raise UserError("--local-dilation, --local-width, --attention-width, --energy-xy, --energy-rgb: give "
                         "numbers above 0")
-    weak = args.supervision != "full"
-    train_set, val_set = (load(args, split, fields=("mask",)) for split in ("train", "val"))
-    make_rrm(args, args.weights, 1)                                                # wrong weights: say so now
+    make_rrm(args, args.weights, 1)                                                    # wrong weights: now
     if args.two_step:
         make_segmenter(args.seg_backbone, args.weights, args.seg_stride, args.seg_rates, 1)
+
+
+def main():
+    """Algorithm 1, then the two-step extension; --supervision full: the same networks on ground truth."""
+    args = parse_args(Args, __doc__, presets={"shapes": SHAPES, "photos": PHOTOS})
+    args.seg_backbone = args.backbone if args.seg_backbone == "same" else args.seg_backbone
+    if args.predict:
+        return predict_folder(args)
+    weak = args.supervision != "full"
+    train_set, val_set = (load(args, split, fields=("mask",)) for split in ("train", "val"))
+    check_rrm(args)
     run = Run(args, FIELDS)
     classifier = train_classifier(args, run, train_set) if args.init == "classifier" else None
-    net = train_joint(args, run, classifier, train_set)                            # Algorithm 1
+    net = train_joint(args, run, classifier, train_set)                                 # Algorithm 1
     if weak:
         write_mined(args, run, net, train_set)
-    options = one_step(net), args.stride, args.test_scales, False, args.post_crf
-    write_masks(args, run, val_set, ("val", "val_crf"), *options)
-    if args.two_step:                                                              # §2.3.3
+    score, options = one_step(net), (args.post_crf, args.stride, args.test_scales, False)
+    predict_set(args, run, score, val_set, "val", "val_crf", *options)
+    if args.two_step:                                                                   # §2.3.3
         if weak:
-            write_masks(args, run, train_set, ("pseudo_raw", "pseudo"), *options, args.pseudo_tags)
+            predict_set(args, run, score, train_set, "pseudo_raw", "pseudo", *options, args.pseudo_tags)
         segmenter = train_segmenter(args, run, train_set)
-        write_masks(args, run, val_set, ("val_two_step", "val_two_step_crf"), segmenter, args.seg_stride,
-                    args.seg_scales, True, args.seg_crf)
+        predict_set(args, run, segmenter, val_set, "val_two_step", "val_two_step_crf", args.seg_crf,
+                    args.seg_stride, args.seg_scales, True)
     for split, last in (("train", "pseudo" if args.two_step else "seed"),
                         ("val", "val_two_step_crf" if args.two_step else "val_crf")):
         if not run.has(last) and (weak or split == "val"):

@@ -377,6 +377,7 @@ class MultiScaleDecoder(nn.Module):
 
     def __init__(self, width, levels=4):
         super().__init__()
+
         def classifier():
             return nn.Sequential(conv3(width, width), nn.ReLU(), nn.Dropout2d(0.1), nn.Conv2d(width, 2, 1))
 
@@ -419,7 +420,7 @@ class SCL(nn.Module):
         middle, self.third = sum(backbone.channels[1:3]), backbone.channels[2]
         self.places = 3 if len(vectors) == 3 else 2 if sgm else 1
 
-        def reduce():
+        def reduction():
             conv = conv3(middle, width, 2) if single else nn.Conv2d(middle, width, 1)
             return nn.Sequential(conv, nn.ReLU(), nn.Dropout2d(dropout))
 
@@ -427,8 +428,8 @@ class SCL(nn.Module):
             return (SingleScaleFPM(width, self.places, extra, dropout) if single
                     else MultiScaleFPM(width, self.places, extra))
 
-        self.reduce_query = reduce()
-        self.reduce_support = self.reduce_query if single else reduce()
+        self.reduce_query = reduction()
+        self.reduce_support = self.reduce_query if single else reduction()
         self.fpm_query, self.fpm_support = fpm(2 if single else 1), fpm(0) if sgm else None
         if sgm and single and share_compare: self.fpm_support.compare = self.fpm_query.compare      # [D19]
         self.decoder = SingleScaleDecoder(width, dropout) if single else MultiScaleDecoder(width)
@@ -667,6 +668,9 @@ def object_crop(sample, size, rng):
     return part
 
 
+MEAN_COLOUR = tuple(round(255 * value) for value in MEAN)
+
+
 def rotate(sample, angle):
     """By degrees, around the centre; the corners become mean colour and 255."""
     image = Image.fromarray(sample.image).rotate(angle, Image.BILINEAR, fillcolor=MEAN_COLOUR)
@@ -685,13 +689,13 @@ def augment_canet(sample, support, size, scale, rng):
 def augment_pfenet(sample, support, size, scale, rng):
     """Random scale, rotation by up to 10 degrees, blur, mirror image, crop; query and support alike."""
     import cv2
+
     sample = rescale(sample, rng.uniform(*scale))
     if rng.random() < 0.5: sample = rotate(sample, rng.uniform(-10, 10))
     if rng.random() < 0.5: sample = changed(sample, image=cv2.GaussianBlur(sample.image, (5, 5), 0))
     return normalise(object_crop(flip(sample) if rng.random() < 0.5 else sample, size, rng))
 
 
-MEAN_COLOUR = tuple(round(255 * value) for value in MEAN)
 AUGMENT = {"canet": augment_canet, "pfenet": augment_pfenet}
 
 
@@ -747,8 +751,8 @@ def train_encoder(args, run, train_set, pool):
         with run.autocast():
             scores = ddp(batch.image)
         label = batch.mask[:, ::s, ::s]                                                 # [D5]
-        value = F.cross_entropy(scores.float(), label, ignore_index=255, reduction="none")
-        loss = masked_mean(value, label != 255)
+        nll = F.cross_entropy(scores.float(), label, ignore_index=255, reduction="none")
+        loss = masked_mean(nll, label != 255)
         optim.zero_grad()
         loss.backward()
         optim.step()
@@ -759,14 +763,14 @@ def train_encoder(args, run, train_set, pool):
 
 def train_segmenter(args, run, train_set, pool, backbone):
     """§5.3.3: 1-shot episodes; the backbone is fixed, all other layers learn."""
+    def augment(sample, support, rng):
+        return AUGMENT[args.baseline](sample, support, args.seg_crop, args.seg_rescale, rng)
+
     run.reseed("segmenter")
     net = make_scl(args, args.weights, backbone)
     ddp = run.place(net).train()
     optim = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=args.seg_lr,
                             momentum=args.momentum, weight_decay=args.weight_decay)
-    def augment(sample, support, rng):
-        return AUGMENT[args.baseline](sample, support, args.seg_crop, args.seg_rescale, rng)
-
     draws, steps = Episodes(train_set, pool, augment, args.seed), args.seg_steps
     schedule = poly(steps) if args.baseline == "pfenet" else None
     for step, batch in run.steps("segmenter", draws, steps, 2 * args.seg_batch, net, optim, schedule):
@@ -786,7 +790,7 @@ def train_segmenter(args, run, train_set, pool, backbone):
     return net.eval()
 
 
-# ── Test ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
 def network_sized(sample, baseline, size):
     """A picture in the size of training: stretched (CANet), or padded (PFENet).   -> sample, (h, w) within"""
     if baseline == "canet": return resize(sample, (size, size)), (size, size)
@@ -1051,8 +1055,8 @@ def predict_folder(args):
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────
-def settle(args):
-    """Fills in what the baseline decides, and refuses what would else fail after hours."""
+def settle_scl(args):
+    """Fields that are left open get their values; what would else fail after hours fails now."""
     own = {**OWN[args.baseline], **OWN.get(f"{args.baseline}-{args.data}", {})}
     for name, value in own.items():
         if not getattr(args, name): setattr(args, name, value)
@@ -1067,12 +1071,15 @@ def settle(args):
 
 
 def main():
+    """Training by §5.3.3, then §5.4.2's test episodes; --compare: what one run gains over another."""
     args = parse_args(Args, __doc__, presets={"shapes": SHAPES, "photos": PHOTOS})
-    if args.compare: return compare_runs(args)
-    if args.predict: return predict_folder(args)
+    if args.compare:
+        return compare_runs(args)
+    if args.predict:
+        return predict_folder(args)
     train_set, val_set = load(args, "train"), load(args, "val")
     start_processes(args.device)
-    settle(args)
+    settle_scl(args)
     run = Run(args, FIELDS)
     pools, left_out = make_pools(args, run, train_set, val_set)
     start = pretrained(args.backbone, args.weights)

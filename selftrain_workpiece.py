@@ -281,7 +281,7 @@ SOURCE_FIELDS = {
     "segmenter_1": [], "round_1": [], "pseudo_1": []}
 
 
-# ── Network ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Networks (§3.1, §3.3) ───────────────────────────────────────────────────────────────────────────────────
 class TagNet(nn.Module):
     """Classifier for CAM (§3.1).   forward(image (B,3,H,W)) -> tag scores (B,K);  scores: (B,K,h,w)   [D2]"""
 
@@ -305,12 +305,6 @@ def make_pspnet(args, weights, classes):
     if args.data == "cityscapes":                               # [D15] e^-100 = 0: never predicted
         with torch.no_grad(): net.head[-1].bias[0] = net.auxiliary[-1].bias[0] = -100.0
     return net
-
-
-def resample(x, size):
-    """Bilinear (B,C,h,w) -> (B,C,*size)."""
-    size = tuple(size)
-    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 # ── Losses (§3.2, §3.3) ─────────────────────────────────────────────────────────────────────────────────────
@@ -564,9 +558,9 @@ def train_encoder(args, run, classes):
         with run.autocast():
             scores = ddp(batch.image)
         scores = cells_to_pixels(scores.float(), args.cam_stride, batch.mask.shape[-2:])        # [D13]
-        value = F.cross_entropy(scores, batch.mask, ignore_index=255, reduction="none")
+        nll = F.cross_entropy(scores, batch.mask, ignore_index=255, reduction="none")
         inside = (batch.mask > 0) & (batch.mask != 255)
-        loss = masked_mean(value, inside) + masked_mean(value, batch.mask == 0)
+        loss = masked_mean(nll, inside) + masked_mean(nll, batch.mask == 0)
         optim.zero_grad()
         loss.backward()
         optim.step()
@@ -637,7 +631,7 @@ def read_cam(run, name, classes):
     return cam
 
 
-def augment_with(args, weigh):
+def train_augment(args, weigh):
     """Scale, mirror image, crop; then the label, from mask or pseudo label, and its spatial weight."""
     def augment(sample, rng):
         sample = rescale(sample, rng.uniform(*args.seg_rescale))
@@ -664,7 +658,7 @@ def train_round(args, run, stage, steps, number, real, rendered, encoder, net=No
     net: the round before's, which is trained on; a new one where there is none, on the encoder's backbone
     """
     run.reseed(stage)
-    sets = [(dataset, augment_with(args, weighting(args, dataset is rendered)))
+    sets = [(dataset, train_augment(args, weighting(args, dataset is rendered)))
             for dataset in (real, rendered) if dataset is not None]
     if net is None:
         net = make_pspnet(args, args.weights, len(sets[0][0].classes))
@@ -788,13 +782,13 @@ def write_predictions(args, run, net, val_set):
                 save_label(run.path("val_crf", name), crf.argmax(0))
 
 
-def evaluate(args, run, stage, split, folder, timed, crf=False, labels="", **values):
-    """One entry of results.json. Only from here on are val masks, and those of the training images, seen.
+def evaluate_stage(args, run, stage, split, folder, timed, crf=False, labels="", **values):
+    """One entry of results.json. Only from here on are val masks, and those of weak labels' images, seen.
 
     folder: label maps; labels: those that the next round learns from; miou_fg is without background
     """
     truth = load_real(args, split, masks=True)
-    if "mask" not in truth.fields or run.has(stage):                                  # own data may lack them
+    if "mask" not in truth.fields or run.has(stage):                                  # own data may lack it
         return
     confusion = confusion_of(truth, lambda s: read_label(run.path(folder, s.name), truth.classes))
     fg = [value for value in list(confusion.iou().values())[1:] if value is not None]
@@ -830,7 +824,7 @@ def draw_selftrain(args, run, split, folders, cam=False):
 
 
 def predict_folder(args):
-    """--predict: masks and overlays of a picture or a folder, by the segmentation network of --checkpoint.
+    """--predict: masks and overlays of a picture or a folder, by the network of --checkpoint.
 
     Writes predict/*.png, predict/*_overlay.png beside the checkpoint (or in --out, where that is given).
     """
@@ -845,7 +839,7 @@ def predict_folder(args):
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────
 def check_selftrain(args):
-    """What would else fail after hours, or quietly mean something else."""
+    """What would else fail after hours fails now."""
     needs_rendered = args.source_only or args.initial == "source" and args.supervision != "full"
     if needs_rendered and not args.rendered:
         raise UserError("--no-rendered leaves nothing to learn from with --source-only or --initial source")
@@ -888,7 +882,7 @@ def self_train(args, run, train_set, rendered, net, encoder):
             values = dict(labels=folder, ratio=p if args.refine else 1.0, change=100 * change)
             labels = folder
         timed = [f"segmenter_{number}", stage, f"pseudo_{number}"]
-        evaluate(args, run, stage, "train", stage, timed, **values)
+        evaluate_stage(args, run, stage, "train", stage, timed, **values)
         if change < args.stop_change:
             run.say(f"{100 * change:.1f} % of the labels changed: no further round")
             break
@@ -898,6 +892,7 @@ def self_train(args, run, train_set, rendered, net, encoder):
 
 
 def main():
+    """Fig. 1: initial masks, then Algorithm 1; --supervision full: one round on ground truth."""
     presets = {"solids": SOLIDS, "shapes": SOLIDS, "photos": PHOTOS, "cityscapes": SCENES}
     args = parse_args(Args, __doc__, presets=presets)
     args.cam_backbone = args.backbone if args.cam_backbone == "same" else args.cam_backbone
@@ -918,19 +913,19 @@ def main():
         if args.initial == "cam":
             classifier = train_classifier(args, run, train_set, encoder)                # §3.1
             write_initial(args, run, classifier, train_set)
-            evaluate(args, run, "initial", "train", "initial", ["classifier", "initial"], labels="initial",
-                     missed=missed_share(run, train_set))
+            evaluate_stage(args, run, "initial", "train", "initial", ["classifier", "initial"],
+                           labels="initial", missed=missed_share(run, train_set))
         else:
             predict_train(args, run, net, train_set, "initial_raw")
             write_round_labels(args, run, net, train_set, "initial_raw", "initial", args.ratio)
-            evaluate(args, run, "initial", "train", "initial_raw",
-                     ["source", "initial_raw", "initial"], labels="initial")
+            evaluate_stage(args, run, "initial", "train", "initial_raw",
+                           ["source", "initial_raw", "initial"], labels="initial")
         net = self_train(args, run, train_set, rendered, net, encoder)                  # Algorithm 1
     write_predictions(args, run, net, val_set)
     if not run.has("val_crf"):
         draw_selftrain(args, run, "val", ["val", "val_crf"])
         for stage in ("val", "val_crf"):
-            evaluate(args, run, stage, "val", stage, ["val"], crf=stage == "val_crf")
+            evaluate_stage(args, run, stage, "val", stage, ["val"], crf=stage == "val_crf")
     run.table()
 
 

@@ -592,7 +592,7 @@ def dfr_step_row(preset, backbone, device, repeats, amp):
     args = dfr.Args(**{**size, "weights": "none", "train_list": "train",
                        **({"backbone": backbone} if backbone else {})})
     train_set = load(args, "train")
-    draws = Draws(train_set, dfr.augment_with(args), 0)
+    draws = Draws(train_set, dfr.train_augment(args), 0)
     batch = to_device(collate([draws[i] for i in range(args.seg_batch)]), device)
     net = dfr.make_dfr(args, "none", len(train_set.classes)).train()
     net = net.to(device, memory_format=torch.channels_last)
@@ -1004,13 +1004,13 @@ def dfr_steps(dfr, args, run, train_set):
 
 
 def lpg_steps(lpg, args, run, train_set):
-    lpg.settle_args(args)
+    lpg.settle_lpg(args)
     lpg.train_segmenter(args, run, "segmenter_1", train_set, "pseudo_1", 1)
     lpg.train_generator(args, run, 1, train_set, None)
 
 
 def scl_steps(scl, args, run, train_set):
-    scl.settle(args)
+    scl.settle_scl(args)
     backbone = scl.make_encoder(args, "none").freeze()
     scl.train_segmenter(args, run, train_set, tags_of(train_set), backbone)
 

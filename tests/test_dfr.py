@@ -39,7 +39,7 @@ def network(seed=0, classes=8, **changes):
 
 def batch_of(n, **changes):
     args = arguments(**changes)
-    draws = Draws(load(args, "train"), dfr.augment_with(args), 0)
+    draws = Draws(load(args, "train"), dfr.train_augment(args), 0)
     return collate([draws[i] for i in range(n)])
 
 
@@ -557,7 +557,7 @@ def test_shorter_scribbles_of_scenes(length):
 
 
 def test_training_samples_carry_no_mask():
-    sample = Draws(load(arguments(), "train"), dfr.augment_with(arguments()), 0)[0]
+    sample = Draws(load(arguments(), "train"), dfr.train_augment(arguments()), 0)[0]
     assert set(vars(sample)) == {"name", "image", "tags", "scribble", "pseudo"}
 
 

@@ -415,35 +415,35 @@ def test_vgg16_weights_without_fc6_and_fc7_are_refused(tmp_path):
     features = {f"features.{key}": torch.zeros(1).expand(value.shape) for key, value in shapes.items()}
     torch.save(features, tmp_path / "features.pth")
     with pytest.raises(UserError, match=r"features\.pth have no classifier\.0\.weight, classifier\.0\.bias"):
-        lpg.settle_args(lpg.Args(weights=str(tmp_path / "features.pth")))
-    lpg.settle_args(lpg.Args(weights="none"))
+        lpg.settle_lpg(lpg.Args(weights=str(tmp_path / "features.pth")))
+    lpg.settle_lpg(lpg.Args(weights="none"))
 
 
 def test_open_fields_get_table_1():
     for backbone, steps, batch, lr, crf in (("vgg16", 20_000, 30, 1e-3, 140),
                                             ("resnet101", 40_000, 10, 2.5e-4, 67)):
         args = lpg.Args(backbone=backbone, weights="none")
-        lpg.settle_args(args)
+        lpg.settle_lpg(args)
         assert (args.seg_steps, args.seg_batch, args.seg_lr, args.seg_crf.bi_xy) == (steps, batch, lr, crf)
     args = lpg.Args(backbone="resnet18", weights="none", seg_steps=7)
-    lpg.settle_args(args)
+    lpg.settle_lpg(args)
     assert args.seg_steps == 7 and args.seg_batch == 10
     for changes in (dict(gen_crop=100), dict(stages=0), dict(aux_fraction=0)):
         with pytest.raises(UserError, match=f"--{next(iter(changes)).replace('_', '-')}"):
-            lpg.settle_args(arguments(**changes))
+            lpg.settle_lpg(arguments(**changes))
 
 
 def test_the_last_generator_is_not_used_without_the_probability_it_was_trained_with(tmp_path):
     """Table II's fixed generator, where the first has no f: in the flags, or in the file's."""
     for changes in (dict(stages=1), dict(generator_fixed=False), dict(first_stage="box")):
-        lpg.settle_args(arguments(**{"generator_fixed": True, "first_stage": "none", **changes}))
+        lpg.settle_lpg(arguments(**{"generator_fixed": True, "first_stage": "none", **changes}))
     with pytest.raises(UserError, match="leave --generator-fixed out"):
-        lpg.settle_args(arguments(generator_fixed=True, first_stage="none"))
+        lpg.settle_lpg(arguments(generator_fixed=True, first_stage="none"))
     made = arguments(hg_dims=(8, 8, 8), hg_modules=(1, 1, 1), hg_features=8, first_stage="none")
     torch.save({"generators": [generator().state_dict()] * 3,
                 "args": {field: getattr(made, field) for field in lpg.MADE}}, tmp_path / "g.pt")
     with pytest.raises(UserError, match="leave --generator-fixed out"):
-        lpg.settle_args(arguments(generator_fixed=True, generator=str(tmp_path / "g.pt")))
+        lpg.settle_lpg(arguments(generator_fixed=True, generator=str(tmp_path / "g.pt")))
 
 
 # ---------------------------------------------------------------- learns
@@ -643,7 +643,7 @@ def test_table_7s_row_lpg_coco_passes_the_checks(finished, tmp_path):
     given = ["--root", tmp_path, "--generator", tmp_path / "g.pt", "--weights", "none"]
     args = parse_args(lpg.Args, lpg.__doc__, {"shapes": lpg.SHAPES, "photos": lpg.PHOTOS},
                       [*shlex.split(line.replace("\\\n", " ")), *map(str, given)])
-    lpg.settle_args(args)
+    lpg.settle_lpg(args)
     target, val = lpg.target_set(args, "train"), lpg.target_set(args, "val")
     assert len(target) and len(val) and "person" not in target.classes and len(target.classes) == 7
     sentence = lpg.generator_notes(args, target)["generator"]

@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 def arguments(**changes):
     args = scl.Args(**{**scl.SHAPES, "width": 8, "seg_crop": 33, "episodes": 4, "shots": (1, 3), **changes})
-    scl.settle(args)
+    scl.settle_scl(args)
     return args
 
 
@@ -715,8 +715,8 @@ def test_the_baselines_defaults(monkeypatch):
     cases = ("canet", 321, 2.5e-3, (0.7, 1.0, 1.3)), ("pfenet", 473, 0.025, (1.0,))
     for baseline, crop, lr, scales in cases:
         args = scl.Args(baseline=baseline, weights="none")
-        scl.settle(args)
+        scl.settle_scl(args)
         assert (args.seg_crop, args.seg_lr, args.test_scales, args.seg_batch) == (crop, lr, scales, 4)
     args = scl.Args(data="coco", baseline="pfenet", weights="none", seg_batch=8)
-    scl.settle(args)
+    scl.settle_scl(args)
     assert (args.seg_crop, args.seg_lr, args.seg_batch, args.weight_decay) == (641, 0.2, 8, 1e-4)

@@ -319,7 +319,7 @@ def test_training_samples_carry_no_mask(tmp_path):
     assert len(sw.load_real(arguments(background=-1), "train")) == 1600
     save_label(tmp_path / f"{train_set.names[0]}.png", np.zeros((128, 160)))
     labelled = sw.with_labels(train_set, pseudo=tmp_path)
-    sample = sw.augment_with(args, sw.weighting(args, False))(labelled[0], np.random.default_rng(0))
+    sample = sw.train_augment(args, sw.weighting(args, False))(labelled[0], np.random.default_rng(0))
     assert set(vars(sample)) == {"image", "pseudo", "weight"}
     assert sample.image.shape == (3, 96, 96) and sample.weight.shape == sample.pseudo.shape == (96, 96)
     assert set(sample.pseudo.unique().tolist()) <= {0, 255} and (sample.weight == 0.5).all()
@@ -374,7 +374,7 @@ def test_the_joint_loss_falls():
     args = arguments(seg_crop=64)
     torch.manual_seed(0)
     net, rendered, real = sw.make_pspnet(args, "none", 8).train(), load(args, "rendered"), load(args, "val")
-    augment = [sw.augment_with(args, sw.weighting(args, kind)) for kind in (False, True)]
+    augment = [sw.train_augment(args, sw.weighting(args, kind)) for kind in (False, True)]
     samples = [augment[i % 2]((real, rendered)[i % 2][i], np.random.default_rng(i)) for i in range(6)]
     batch, history = collate(samples), []
     optim = torch.optim.Adam(net.parameters(), lr=3e-3)
