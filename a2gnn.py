@@ -17,9 +17,9 @@ Equations    (3.1) eq3_1_cam_labels    (3.2) eq3_2_grabcut    (3.3) eq3_3_box_la
              §3.2's SEAM (its reference 57) has no numbered equations in the thesis: SEAM, seam_loss;
              nor have §3.4's pseudo instances: instances_in_boxes
 Figures      Fig. 3.2 (left to right) and Algorithm 2 (top to bottom) = main(); Fig. 3.4 = eq3_17_18_attention
-Commands     python a2gnn.py                          # embedded shapes, about an hour on one busy CPU core
-             python a2gnn.py --data voc --supervision box --root data/voc       # paper: 73.8 val with CRF
-             python a2gnn.py --data voc --supervision full --root data/voc      # upper bound; paper: 76.8
+Commands     python a2gnn.py                           # embedded shapes, made for two CPU cores
+             python a2gnn.py --data voc --root data/voc --supervision box       # paper: 73.8 val with CRF
+             python a2gnn.py --data voc --root data/voc --supervision full      # upper bound; paper: 76.8
              python a2gnn.py --data voc --root data/voc --segmenter pspnet      # Table 3.1; paper: 75.6
              python a2gnn.py --data voc --root data/voc --task instance          # Table 3.2; paper: AP50 59.1
              python a2gnn.py --data coco --task instance --inst-steps 90000  # Table 3.3; paper: AP 20.9
@@ -302,7 +302,7 @@ class Args:
     seg_rescale: tuple[float, float] = (0.5, 1.5)
     """range of the random scale"""
     seg_stride: int = 8
-    """output stride of DeepLab"""
+    """output stride of the segmentation network"""
     seg_rates: tuple[int, ...] = (6, 12, 18, 24)
     """dilations of DeepLab-v2's ASPP; one beyond the crop's cells is never trained, yet speaks in tests"""
     weight_decay: float = 5e-4

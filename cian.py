@@ -13,7 +13,7 @@ Commands     python cian.py                            # embedded shapes, made f
              python cian.py --data voc --root data/voc               # paper: 64.3 val with CRF, "+ RT"
              python cian.py --data voc --saliency maps/              # background from your own saliency maps
              python cian.py --no-cross --no-completion --rounds 1 --out runs/cian-baseline
-             python cian.py --data voc --supervision full            # the same network on ground truth
+             python cian.py --data voc --root data/voc --supervision full            # upper bound
              python cian.py --predict photos/ --checkpoint runs/cian-voc-image-s0/segmenter_2.pt
 Departures   [D1] backbones are torchvision's; the authors' is MXNet's pre-activation ResNet on raw colours
              [D2] new layers learn x10 (authors' code; paper silent), those of a network from nothing x1;
@@ -75,7 +75,8 @@ class Args:
     data: Literal["shapes", "voc", "coco", "workpiece"] = "shapes"
     """data set of data.py; shapes is drawn on the fly, workpiece is any folder of your own"""
     supervision: Literal["image", "full"] = "image"
-    """what the training set may reveal; full = the same segmentation network on ground truth [D16]"""
+    """what the training set may reveal; full = the same segmentation network on ground truth (upper bound)
+    [D16]"""
     backbone: Literal[
         "tiny", "resnet18", "resnet50", "resnet101", "vgg16", "mobilenet_v2", "resnet38"] = "resnet101"
     """segmentation network; the paper also has resnet50 [D1]"""
@@ -117,7 +118,7 @@ class Args:
     """steps between two checkpoints"""
     # --- 1 classifier (§Initial Seeds) ---
     cam_stride: int = 8
-    """output stride; VGG16: pool4 with stride 1, conv5 with dilation 2"""
+    """output stride of the classifier; VGG16: pool4 with stride 1, conv5 with dilation 2"""
     cam_steps: int = 13_228
     """20 epochs of 10,582 images at batch 16 [D4]"""
     cam_batch: int = 16
@@ -170,7 +171,7 @@ class Args:
     rounds: int = 2
     """2: retraining, "+ RT" (Table 2); 1: without"""
     seg_stride: int = 8
-    """output stride"""
+    """output stride of the segmentation network"""
     seg_steps: int = 26_456
     """20 epochs of 10,582 queries, 8 a step [D6]"""
     retrain_steps: int = 26_456
@@ -191,7 +192,7 @@ class Args:
     test_scales: tuple[float, ...] = (0.75, 1.0, 1.25)
     """each with its mirror image (authors' code)"""
     seg_crf: CRF = CRF(3, 3, 80, 13, 10, 5)
-    """Gauss σ and weight, bilateral σ_xy, σ_rgb and weight, iterations (authors' code)"""
+    """authors' code: Gauss σ and weight, bilateral σ_xy, σ_rgb and weight, iterations"""
     retrain_crf: CRF = CRF(3, 3, 80, 13, 10, 10)
     """the same for retraining labels"""
     retrain_tags: bool = True
@@ -224,7 +225,13 @@ FIELDS = {stage: names.split() for stage, names in {
 }.items()}
 
 
-# ── The cross-image affinity module (Eqs. 1–5) ──────────────────────────────────────────────────────────────
+# ── Networks: the cross-image affinity module (Eqs. 1–5) ────────────────────────────────────────────────────
+def resample(x, size):
+    """Bilinear (B,C,h,w) -> (B,C,*size)."""
+    size = tuple(size)
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
 def eq1_2_affinity(q, r):
     """Eqs. (1), (2): k_ij = exp(φ_q(x_i)·φ_r(x_j)) and k̄_ij = k_ij / Σ_j k_ij.
 
@@ -364,17 +371,11 @@ def eq9_terms(scores, label, tags, valid, completion=True, target="own"):
 
 
 # ── Seeds (§Initial Seeds): arrays in, arrays out ───────────────────────────────────────────────────────────
-def resample(x, size):
-    """Bilinear (B,C,h,w) -> (B,C,*size)."""
-    size = tuple(size)
-    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
-
-
 @inference()
 def class_activation(net, image, tags, scales, stride, device):
     """CAM summed over scales and mirror images, negative scores cut, each map's peak 1.
 
-    image (H,W,3) uint8, tags (K,) bool -> (K,H,W) float32; classes that the image does not have are 0
+    image (H,W,3) uint8, tags (K,) bool -> (K,H,W) float32, absent classes 0
     """
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
     total = 0
@@ -622,12 +623,12 @@ def predict(net, image, scales, device):
     image (H,W,3) uint8 -> (K+1,H,W) float32
     """
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
-    total = 0
+    stride, size, total = net.stride, image.shape[:2], 0
     for scale in scales:
-        seen = [max(32, round(n * scale)) for n in image.shape[:2]]
+        seen = [max(32, round(n * scale)) for n in size]
         scaled = resize_batch(x, seen)
-        scores = net(torch.cat([scaled, scaled.flip(-1)]))["self"]
-        prob = cells_to_pixels(scores, net.stride, image.shape[:2], seen).softmax(1)
+        logits = net(torch.cat([scaled, scaled.flip(-1)]))["self"]
+        prob = cells_to_pixels(logits, stride, size, seen).softmax(1)
         total = total + prob[0] + prob[1].flip(-1)
     return (total / (2 * len(scales))).cpu().numpy()
 

@@ -47,7 +47,7 @@ Departures   [D1] Swin-B starts from torchvision's ImageNet-1k weights; the pape
              [D15] the biases of the head's own layer start at 1 (paper silent): until confident pairs of two
                   classes come, nothing holds features apart, and from torch's start the ReLU of each channel
                   dies meanwhile, so that F is 0 for good; AdamW divides λ2 out of this layer's steps
-The paper's claim is a result without dense CRF: --crf is not used here.
+Nothing here uses a dense CRF, as in the paper; --crf has no effect.
 """
 
 import re
@@ -656,9 +656,12 @@ def whole_cells(net, image):
 
 @inference()
 def predict(net, image, fit, scales, mirror, device):
-    """Class probabilities, mean over scales (and mirror images).   image (H,W,3) -> (K+1,H,W) float32"""
-    size, total = image.shape[:2], 0
+    """Class probabilities, mean over scales (and mirror images).
+
+    image (H,W,3) uint8 -> (K+1,H,W) float32
+    """
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
+    size, total = image.shape[:2], 0
     for scale in scales:
         scaled = resize_batch(x, [max(32, n) for n in fitted(size, fit, scale)])
         total = total + resample(whole_cells(net, scaled), size).softmax(1)

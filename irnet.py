@@ -1,5 +1,5 @@
 """IRNet: Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations.
-J. Ahn, S. Cho, S. Kwak; CVPR 2019.
+J. Ahn, S. Cho, S. Kwak; CVPR 2019. Equation numbers: the paper's.
 
 Symbols      x image (B,3,H,W) · φ_c weights of class c · M_c its CAM · M̂ pseudo class map, 255 = unknown ·
              P⁺_fg, P⁺_bg, P⁻ pairs of cells (B,P) · D displacement field (B,2,h,w), (y, x) in cells ·
@@ -12,9 +12,9 @@ Equations    (1) eq1_cam    (2–4) eq2_offsets, eq3_4_pair_sets    (5) eq5_disp
 Figures      Fig. 1 = main(); Fig. 2 = IRNet; Fig. 3 = relations_of; Fig. 9 = panels/train.png
 Tables       Table 1: ap50_cam, ap50_boundary, ap50 of stage pseudo_instance. Table 2: miou of cam and pseudo;
              its AffinityNet column is not in this file (a2gnn.py has an affinity CNN with random walk)
-Commands     python irnet.py                                  # embedded shapes, for two CPU cores
+Commands     python irnet.py                                  # embedded shapes, made for two CPU cores
              python irnet.py --data voc --root data/voc       # paper: 63.5 val with CRF, 46.7 AP50
-             python irnet.py --data voc --supervision full --root data/voc       # upper bound; paper: 72.3
+             python irnet.py --data voc --root data/voc --supervision full       # upper bound; paper: 72.3
              python irnet.py --data voc --root data/voc --train-on cam           # networks on CAMs alone
              python irnet.py --predict photos/ --checkpoint runs/irnet-voc-image-s0/segmenter.pt
              python irnet.py --predict photos/ --checkpoint runs/irnet-voc-image-s0/detector.pt
@@ -65,6 +65,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
+from torchvision.ops import masks_to_boxes
 
 from common import (
     ASPP, CRF, DeepLab, Run, UserError, cells_to_pixels, confusion_of, dense_crf, detector_schedule,
@@ -186,12 +187,12 @@ class Args:
     fragment: float = 0.01
     """authors' code: smaller parts of an image score 0 [D12]"""
     batch_images: int = 8
-    """images whose walks run together on a GPU; does not change the result"""
+    """images whose walks run side by side on a GPU; does not change the result"""
     # --- 5 segmentation network (§A.2.2) ---
     train_on: Literal["displacement", "boundary", "cam"] = "displacement"
     """labels of both last networks: a row of Table 1; the semantic ones of the first two are the same"""
     seg_steps: int = 20_000
-    """DeepLab-v2"""
+    """DeepLab-v2's"""
     seg_batch: int = 10
     """images a step, over all processes"""
     seg_lr: float = 2.5e-4
@@ -201,11 +202,11 @@ class Args:
     seg_rescale: tuple[float, float] = (0.5, 1.5)
     """range of the random scale"""
     seg_stride: int = 8
-    """output stride of DeepLab"""
+    """output stride of the segmentation network"""
     seg_rates: tuple[int, ...] = (6, 12, 18, 24)
     """dilations of DeepLab-v2's ASPP; one beyond the crop's cells is never trained, yet speaks in tests"""
     seg_weight_decay: float = 5e-4
-    """DeepLab-v2"""
+    """DeepLab-v2's"""
     weight_decay: float = 1e-4
     """of the other three networks (authors' code, Detectron)"""
     test_scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
@@ -359,8 +360,10 @@ def eq1_cam(scores):
 
 @inference()
 def cam_of_image(net, image, tags, scales, stride, device):
-    """CAM, Eq. (1), of scores summed over scales and mirror images.   image (H,W,3) uint8, tags (K,) bool
-    -> (K,H,W) float32; classes that the image does not have are 0"""
+    """CAM, Eq. (1), of scores summed over scales and mirror images.
+
+    image (H,W,3) uint8, tags (K,) bool -> (K,H,W) float32, absent classes 0
+    """
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
     total = 0
     for scale in scales:
@@ -758,7 +761,7 @@ def walk_images(args, run, names, cams, stride):
 
 
 @torch.no_grad()
-def synthesise_labels(args, run, stride, train_set):
+def write_labels(args, run, stride, train_set):
     """Semantic labels of both rows of Table 2, instance labels of all rows of Table 1.
 
     Writes pseudo/*.png, pseudo_cam/*.png and instances_{displacement,boundary,cam}/*.npz
@@ -859,15 +862,12 @@ def targets_of(instances, label):
     -> list of {boxes (M,4), labels (M,), masks (M,H,W) uint8}"""
     targets = []
     for number, classes in zip(instances, label):
-        masks = [number == k for k in number.unique() if k not in (0, 255)]
-        spans = [[mask.any(axis).nonzero()[[0, -1], 0] for axis in (0, 1)] for mask in masks]
-        kept = [(mask, x, y) for mask, (x, y) in zip(masks, spans) if x[1] > x[0] and y[1] > y[0]]
-        boxes = [torch.stack([x[0], y[0], x[1] + 1, y[1] + 1]) for _, x, y in kept]
-        masks = [mask for mask, _, _ in kept]
-        labels, empty = [classes[mask][0] for mask in masks], number.new_zeros(0, *number.shape)
-        targets.append({"boxes": torch.stack(boxes).float() if kept else number.new_zeros(0, 4).float(),
-                        "labels": torch.stack(labels) if kept else number.new_zeros(0),
-                        "masks": torch.stack(masks).byte() if kept else empty.byte()})
+        numbers = number.unique()
+        masks = number == numbers[(numbers != 0) & (numbers != 255)][:, None, None]
+        boxes, first = masks_to_boxes(masks), masks.flatten(1).byte().argmax(1)         # boxes end at a pixel
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        targets.append({"boxes": boxes[kept] + boxes.new_tensor([0, 0, 1, 1]),
+                        "labels": classes.flatten()[first[kept]], "masks": masks[kept].byte()})
     return targets
 
 
@@ -1065,7 +1065,7 @@ def main():
         write_cams(args, run, classifier, train_set)                                    # §4.2
         irnet = train_irnet(args, run, classifier, train_set)                           # Eqs. (2)–(9)
         write_fields(args, run, irnet, train_set)                                       # D and B
-        synthesise_labels(args, run, irnet.stride, train_set)                           # Eqs. (10)–(15)
+        write_labels(args, run, irnet.stride, train_set)                           # Eqs. (10)–(15)
         if not run.has("pseudo_instance"):
             draw_irnet(args, run, "train")
             evaluate_labels(args, run, "train")

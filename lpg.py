@@ -82,7 +82,8 @@ class Args:
     data: Literal["shapes", "voc", "coco", "workpiece"] = "shapes"
     """target data set; shapes is drawn on the fly, workpiece is any folder of your own"""
     supervision: Literal["box", "semi", "full"] = "box"
-    """labels of the target: boxes; boxes and some masks (--semi-masks); masks [D12]"""
+    """what the target's training set may reveal; semi = boxes and some masks (--semi-masks); full = the same
+    network on ground truth (upper bound) [D12]"""
     backbone: Literal["tiny", "resnet18", "resnet50", "resnet101", "vgg16", "mobilenet_v2"] = "vgg16"
     """segmentation network f: vgg16 = DeepLab-LargeFOV, resnet101 = DeepLab-ResNet101 (Table I)"""
     # --- run: the same lines in every file, so a diff shows only the method ---
@@ -145,15 +146,15 @@ class Args:
     gen_steps: int = 100_000
     """Table I, each stage"""
     gen_batch: int = 32
-    """Table I, over all processes"""
+    """Table I: images a step, over all processes"""
     gen_lr: float = 1e-4
-    """Table I; Adam, poly 0.9"""
+    """Table I; Adam; poly 0.9"""
     gen_weight_decay: float = 5e-4
     """authors' code"""
     gen_crop: int = 512
     """pixels; a multiple of what g needs, 128 for the Hourglass (authors' code)"""
     gen_rescale: tuple[float, float] = (0.5, 1.5)
-    """scales of the training images (authors' code)"""
+    """range of the random scale (authors' code)"""
     gen_scale: float = 1.0
     """g sees all images this much smaller, and its scores are enlarged [D15]"""
     # --- EM (§III-B, §III-C) ---
@@ -169,21 +170,21 @@ class Args:
     """§III-D where classes overlap: the higher overlap rate, or the class listed first (authors' code)"""
     # --- segmentation network (Table I) ---
     seg_stride: int = 8
-    """output stride"""
+    """output stride of the segmentation network"""
     large_fov: int = 12
     """dilation of LargeFOV's fc6, for vgg16"""
     seg_rates: tuple[int, ...] = (6, 12, 18, 24)
-    """dilations of ASPP, for all others"""
+    """dilations of DeepLab-v2's ASPP, for all others"""
     seg_steps: int = 0
     """each stage; 0 = Table I: 20,000 for vgg16, else 40,000"""
     seg_batch: int = 0
-    """over all processes; 0 = Table I: 30 for vgg16, else 10"""
+    """images a step, over all processes; 0 = Table I: 30 for vgg16, else 10"""
     seg_lr: float = 0
     """weights; biases x2, the last layer x10 and x20; 0 = Table I: 1e-3 for vgg16, else 2.5e-4; poly 0.9"""
     seg_crop: int = 321
     """pixels"""
     seg_rescale: tuple[float, float] = (0.5, 1.5)
-    """scales of the training images, DeepLab's"""
+    """range of the random scale (DeepLab's)"""
     momentum: float = 0.9
     """DeepLab's"""
     weight_decay: float = 5e-4
@@ -240,7 +241,13 @@ FIELDS = {stage: names.split() for stage, names in {
 }.items()}
 
 
-# ── The generator g (§III-B, Table II) ──────────────────────────────────────────────────────────────────────
+# ── Networks: the generator g (§III-B, Table II) ────────────────────────────────────────────────────────────
+def resample(x, size):
+    """Bilinear (B,C,h,w) -> (B,C,*size)."""
+    size = tuple(size)
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
 def residual(inputs, outputs, stride=1):
     """Two 3x3 convolutions with batch norm and a shortcut."""
     shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
@@ -346,12 +353,6 @@ def eq7_fuse(p, y_b, classes, rule="rate"):
 
 
 # ── Segmentation network f, its losses and labels (Eqs. 1, 2, 4) ────────────────────────────────────────────
-def resample(x, size):
-    """Bilinear (B,C,h,w) -> (B,C,*size)."""
-    size = tuple(size)
-    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
-
-
 def make_deeplab(backbone, weights, stride, large_fov, rates, classes):
     """DeepLab-LargeFOV for VGG16, else DeepLab-v2 with ASPP.   [D8]"""
     net = make_backbone(backbone, weights, stride, pretrained(backbone, weights))
@@ -398,7 +399,7 @@ def eq1_latent_segmentation(prob, y_b, classes):
 
 @inference()
 def class_scores(net, image, device):
-    """Logits of the whole image.   (H,W,3) uint8 -> (1,K+1,h,w) float32   [D13]"""
+    """Logits of the whole image.   [D13]   image (H,W,3) uint8 -> (1,K+1,h,w) float32"""
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
     return net(x).float()
 
@@ -474,12 +475,6 @@ def grabcut_label(image, boxes, steps):
     return label
 
 
-def predict(net, image, device):
-    """Class probabilities.   (H,W,3) uint8 -> (K+1,H,W) float32"""
-    scores, stride = class_scores(net, image, device), net.backbone.strides[-1]
-    return cells_to_pixels(scores, stride, image.shape[:2]).softmax(1)[0].cpu().numpy()
-
-
 @inference()
 def pseudo_masks(g, net, sample, rule, scale, device, blind=False):
     """Eqs. (1), (3), (7): labels of one image from its boxes.   -> by g, and by f alone: (H,W) uint8 each
@@ -533,7 +528,7 @@ def train_segmenter(args, run, stage, dataset, folder, number, net=None):
     if net is None:
         net = make_deeplab(args.backbone, args.weights, args.seg_stride, args.large_fov, args.seg_rates,
                            len(dataset.classes))
-    ddp = run.place(net).train()
+    ddp, stride = run.place(net).train(), net.backbone.strides[-1]
     last = net.head[-1] if args.backbone == "vgg16" else net.head
     new_layers = [last] if pretrained(args.backbone, args.weights) else []              # [D15]
     optim = torch.optim.SGD(group_rates(net, new_layers, args.seg_lr, args.weight_decay),
@@ -544,7 +539,7 @@ def train_segmenter(args, run, stage, dataset, folder, number, net=None):
         label = batch.pseudo if folder else batch.mask
         with run.autocast():
             logits = ddp(batch.image)
-        logits = cells_to_pixels(logits.float(), net.backbone.strides[-1], label.shape[-2:])
+        logits = cells_to_pixels(logits.float(), stride, label.shape[-2:])
         loss = eq2_4_cross_entropy(logits, label)
         optim.zero_grad()
         loss.backward()
@@ -751,6 +746,12 @@ def write_semi(args, run, folder, train_set, truth):
 
 
 # ── Evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
+def predict(net, image, device):
+    """Class probabilities.   [D13]   image (H,W,3) uint8 -> (K+1,H,W) float32"""
+    scores, stride = class_scores(net, image, device), net.backbone.strides[-1]
+    return cells_to_pixels(scores, stride, image.shape[:2]).softmax(1)[0].cpu().numpy()
+
+
 def predict_val(args, run, net, val_set, number, last):
     """Predictions of one stage, of the last with CRF too [D16].   Writes val_<number>/*.png, val_crf/*.png"""
     plain = f"val_{number}"

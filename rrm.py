@@ -128,7 +128,7 @@ class Args:
     init: Literal["classifier", "joint"] = "classifier"
     """joint training starts from a trained classifier [D11], or at once (authors' train_from_init)"""
     cam_stride: int = 8
-    """output stride of the backbone in this stage"""
+    """output stride of the classifier"""
     cam_steps: int = 9_920
     """15 epochs of 10,582 images at batch 16"""
     cam_batch: int = 16
@@ -252,7 +252,7 @@ SHAPES = dict(
     joint_crop=96,
     seg_steps=4000, seg_batch=8, seg_lr=0.02, seg_crop=96, seg_rates=(3, 6, 9, 12), seg_rescale=(0.75, 1.25),
     seg_scales=(0.75, 1.0, 1.25))
-# A few hundred photographs with a small pretrained backbone on two CPU cores.
+# A few hundred photographs with a pretrained backbone on two CPU cores.
 PHOTOS = dict(
     seg_backbone="same", train_list="train", cam_stride=16, stride=16, seg_stride=16,
     cam_steps=330, cam_batch=8, cam_lr=0.02, cam_crop=321, cam_resize=(321, 513),
@@ -757,11 +757,11 @@ def train_segmenter(args, run, train_set):
 
 # ── Evaluation ──────────────────────────────────────────────────────────────────────────────────────────────
 @inference()
-def predict(score, stride, image, scales, mirror, device):
+def predict(score, image, stride, scales, mirror, device):
     """Class probabilities, mean over scales (and mirror images).
 
-    score: function (1,3,H,W) -> scores (1,K+1,h,w), a cell each `stride` pixels; image (H,W,3) uint8
-    -> (K+1,H,W) float32
+    score: function (1,3,H,W) -> scores (1,K+1,h,w), a cell each `stride` pixels
+    image (H,W,3) uint8 -> (K+1,H,W) float32
     """
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
     size, total = image.shape[:2], 0
@@ -788,7 +788,7 @@ def predict_set(args, run, score, dataset, plain, sharp, crf, stride, scales, mi
     with run.timed(plain):
         for names in run.todo(dataset.names, sharp, chunk=16, stage=sharp, beside=(plain,)):
             samples = [dataset[dataset.index(name)] for name in names]
-            probs = [predict(score, stride, s.image, scales, mirror, run.device) for s in samples]
+            probs = [predict(score, s.image, stride, scales, mirror, run.device) for s in samples]
             if by_tags:
                 probs = [prob * np.r_[True, s.tags][:, None, None] for s, prob in zip(samples, probs)]
                 probs = [prob / prob.sum(0, keepdims=True) for prob in probs]
@@ -893,7 +893,7 @@ def predict_folder(args):
         scales, mirror, crf, stride = made.seg_scales, True, CRF(*made.seg_crf), made.seg_stride
     with_weights(net, state, device)
     for image, path in pictures_to_predict(args):
-        prob = predict(score, stride, image, scales, mirror, device)
+        prob = predict(score, image, stride, scales, mirror, device)
         label = dense_crf([image], [prob], crf, args.crf, device=device)[0].argmax(0)
         save_prediction(path, image, label)
 
@@ -933,11 +933,12 @@ def main():
         segmenter = train_segmenter(args, run, train_set)
         predict_set(args, run, segmenter, val_set, "val_two_step", "val_two_step_crf", args.seg_crf,
                     args.seg_stride, args.seg_scales, True)
-    for split, last in (("train", "pseudo" if args.two_step else "seed"),
-                        ("val", "val_two_step_crf" if args.two_step else "val_crf")):
-        if not run.has(last) and (weak or split == "val"):
-            draw_rrm(args, run, split)
-            evaluate_labels(args, run, split)
+    if weak and not run.has("pseudo" if args.two_step else "seed"):
+        draw_rrm(args, run, "train")
+        evaluate_labels(args, run, "train")
+    if not run.has("val_two_step_crf" if args.two_step else "val_crf"):
+        draw_rrm(args, run, "val")
+        evaluate_labels(args, run, "val")
     run.table()
 
 

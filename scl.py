@@ -145,7 +145,7 @@ class Args:
     enc_batch: int = 8
     """images a step, over all processes"""
     enc_lr: float = 0.05
-    """SGD, poly 0.9"""
+    """SGD; poly 0.9"""
     enc_decay: float = 5e-4
     """weight decay"""
     enc_rescale: tuple[float, float] = (0.75, 1.5)
@@ -189,7 +189,7 @@ class Args:
     seg_rescale: tuple[float, ...] = ()
     """range of the random scale: CANet 1 to 1.5 (supports), PFENet 0.9 to 1.1, on COCO 0.8 to 1.25"""
     momentum: float = 0.9
-    """SGD"""
+    """of SGD"""
     # --- test (§5.4.2) ---
     shots: tuple[int, ...] = (1, 5)
     """K, all on the same episodes"""
@@ -206,7 +206,7 @@ class Args:
     refinements: int = 4
     """CANet: passes with the last prediction as history, after the first"""
     cache: int = 32
-    """pictures whose features are kept in the test; has no effect on the result"""
+    """pictures whose features are kept in the test; does not change the result"""
     compare: tuple[str, ...] = ()
     """two finished run folders: no training, prints what the second gains over the first"""
     support_images: tuple[str, ...] = ()
@@ -288,7 +288,7 @@ def prior_mask(high_q, high_s):
     return (best - low) / (top - low + 1e-7)
 
 
-# ── Feature processing modules and decoders (Figs. 5.2, 5.4, 5.5) ───────────────────────────────────────────
+# ── Networks (Figs. 5.1, 5.2, 5.4, 5.5) ─────────────────────────────────────────────────────────────────────
 def resample(x, size):
     """Bilinear (B,C,h,w) -> (B,C,*size)."""
     size = tuple(size)

@@ -1,5 +1,6 @@
 """Iterative self-training with image tags and rendered images: workpieces, and GTA5 to Cityscapes.
-"A self-training framework for weakly supervised semantic segmentation with image tags"; numbers: the paper's.
+"A self-training framework for weakly supervised semantic segmentation with image tags".
+Equation numbers: the paper's.
 
 Symbols      I_S, I_T rendered (source) and real (target) images · L, L_t labels, 0 = background, 255 = none
              (the paper's zero vector, ignore_index) · α_tn spatial weight of pixel n of image t · f(w, I)
@@ -9,17 +10,17 @@ Equations    (1) eq1_spatial_loss    (2) eq2_joint_loss    (3.1) cam_mask, whole
              (3.4) level_counts, alg2_threshold, alg2_label, refine_labels
 Figures      Fig. 1 = main(), Algorithm 1 = self_train; Fig. 2 = write_initial; Fig. 4 = panels/train.png,
              its last row panels/val.png; Fig. 5 = panels/several.png
-Commands     python selftrain_workpiece.py                              # solids, background 0, two cores
-             python selftrain_workpiece.py --background 2 --out runs/b2     # Table 1: 0, 1, 2, 3
-             python selftrain_workpiece.py --source-only --out runs/source  # the domain gap
-             python selftrain_workpiece.py --supervision full               # the same network on ground truth
-             python selftrain_workpiece.py --data workpiece --root my/parts # rendered/ train/ val/
-             python selftrain_workpiece.py --data cityscapes --root data/cityscapes --rendered-root data/gta5
-             python selftrain_workpiece.py --predict photos/ --checkpoint runs/…/segmenter_3.pt
-Table 4      initial mask = stage `initial`, label refinement = the run of Table 1; the others:
+Tables       4: initial mask = stage `initial`, label refinement = the run of Table 1; the others:
              python selftrain_workpiece.py --background 2 --rounds 1 --no-rendered --no-spatial --out runs/t4a
              python selftrain_workpiece.py --background 2 --rounds 1 --no-spatial --out runs/t4-rendered
              python selftrain_workpiece.py --background 2 --rounds 1 --out runs/t4-spatial
+Commands     python selftrain_workpiece.py                          # embedded solids, made for two CPU cores
+             python selftrain_workpiece.py --background 2 --out runs/b2     # Table 1: 0, 1, 2, 3
+             python selftrain_workpiece.py --source-only --out runs/source  # the domain gap
+             python selftrain_workpiece.py --supervision full               # upper bound
+             python selftrain_workpiece.py --data workpiece --root my/parts # rendered/ train/ val/
+             python selftrain_workpiece.py --data cityscapes --root data/cityscapes --rendered-root data/gta5
+             python selftrain_workpiece.py --predict photos/ --checkpoint runs/…/segmenter_3.pt
 Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (SGD). One rate for all
                   layers; the poly schedule, stated for SGD alone, also with Adam
              [D2] classifier: only "classification network, CAM" is known. Here the segmentation network's
@@ -87,7 +88,7 @@ class Args:
     data: Literal["solids", "workpiece", "cityscapes"] = "solids"
     """real pictures: solids (drawn on the fly), workpiece (a folder of your own), cityscapes"""
     supervision: Literal["image", "full"] = "image"
-    """what the real training set may reveal; full = the same network on ground truth [D14]"""
+    """what the real training set may reveal; full = the same network on ground truth (upper bound) [D14]"""
     backbone: Literal[
         "tiny", "resnet18", "resnet50", "resnet101", "vgg16", "mobilenet_v2", "resnet38"] = "resnet18"
     """of PSPNet (§4.2.1); the preset of cityscapes has resnet101 (§4.2.2)"""
@@ -170,7 +171,7 @@ class Args:
     cam_share: float = 0.02
     """… until more than this share of the picture is masked"""
     superpixels: int = 1000
-    """SLIC segments a picture [D11]"""
+    """SLIC superpixels of a picture [D11]"""
     compactness: float = 10.0
     """of SLIC, in CIE Lab [D11]"""
     initial_rest: Literal["background", "ignore"] = "background"
@@ -195,17 +196,17 @@ class Args:
     weight_decay: float = 0.0
     """of the segmentation network"""
     seg_stride: int = 8
-    """output stride"""
+    """output stride of the segmentation network"""
     seg_steps: int = 5000
     """steps of each round [D11]"""
     source_steps: int = 20_000
     """steps of --source-only and of --initial source"""
     seg_batch: int = 16
-    """images a step over all processes, one half rendered"""
+    """images a step, over all processes, one half rendered"""
     seg_crop: int = 473
     """pixels [D17]"""
     seg_rescale: tuple[float, float] = (0.5, 2.0)
-    """the scale is drawn from this range [D17]"""
+    """range of the random scale [D17]"""
     seg_auxiliary: float = 0.4
     """weight of PSPNet's auxiliary loss [D17]"""
     # --- 3 bottom-up step (§3.4, Algorithm 2) ---
@@ -364,7 +365,7 @@ def cam_of_tags(net, image, tags, scales, stride, device):
     """CAM summed over scales and mirror images, each map from 0, its least value, to 1, its greatest.
 
     So the CAM of a tag that the classifier does not believe in has a peak too, as the rule of §4.2.1 expects.
-    image (H,W,3) uint8, tags (K,) bool -> (K,H,W) float32; classes that the image does not have are 0
+    image (H,W,3) uint8, tags (K,) bool -> (K,H,W) float32, absent classes 0
     """
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
     total = 0
