@@ -864,7 +864,7 @@ def targets_of(instances, label):
     for number, classes in zip(instances, label):
         numbers = number.unique()
         masks = number == numbers[(numbers != 0) & (numbers != 255)][:, None, None]
-        boxes, first = masks_to_boxes(masks), masks.flatten(1).byte().argmax(1)         # boxes end at a pixel
+        boxes, first = masks_to_boxes(masks), masks.flatten(1).byte().argmax(1)         # both ends included
         kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
         targets.append({"boxes": boxes[kept] + boxes.new_tensor([0, 0, 1, 1]),
                         "labels": classes.flatten()[first[kept]], "masks": masks[kept].byte()})
