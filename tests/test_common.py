@@ -127,6 +127,26 @@ def test_overlay_and_contact_sheet(tmp_path):
     assert sheet[21, 14].tolist() == [128, 0, 0] and (sheet[:18] < 128).any(), "label colour; titles"
 
 
+def test_panels_have_folders_functions_and_the_truth(tmp_path, monkeypatch):
+    """A column is a folder of labels or a function; a sample without ground truth has no last cell."""
+    sheets, image = [], np.full((4, 5, 3), 9, np.uint8)
+    monkeypatch.setattr(common, "contact_sheet", lambda path, rows, titles: sheets.append((rows, titles)))
+    run = types.SimpleNamespace(path=lambda folder, name: tmp_path / folder / f"{name}.png")
+
+    class Truth(list):
+        classes = ["one", "two"]
+
+    truth = Truth(types.SimpleNamespace(name=str(n), image=image) for n in range(20))
+    truth[0].mask = np.full((4, 5), 2)
+    for s in truth: common.save_label(tmp_path / "pseudo" / f"{s.name}.png", np.ones((4, 5)))
+    common.draw_panels(run, "train", truth, {"CAM": lambda s: image[..., 0] / 9, "labels": "pseudo"})
+    (rows, titles), = sheets
+    assert titles == ["image", "CAM", "labels", "ground truth"]
+    assert [len(row) for row in rows] == [4] + [3] * 15
+    assert (rows[1][1] == 1).all() and (rows[0][2] == common.overlay(image, np.ones((4, 5), int))).all()
+    assert (rows[0][3] == common.overlay(image, truth[0].mask)).all()
+
+
 def test_pictures_to_predict(tmp_path):
     for name in ("b.jpg", "a.PNG", "._a.png", "notes.txt"): (tmp_path / name).write_text("")
     assert [file.name for file in common.files_to_predict(tmp_path)] == ["a.PNG", "b.jpg"]

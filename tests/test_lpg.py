@@ -656,7 +656,7 @@ def test_table_7s_row_lpg_coco_passes_the_checks(finished, tmp_path):
 def test_baselines_are_left_out(finished, folder, tmp_path, monkeypatch, flags, left):
     """What does not run is no stage and no column; without a CRF its arg-max of ties is no result."""
     sheets = []
-    monkeypatch.setattr(lpg, "contact_sheet", lambda file, rows, titles: sheets.append(titles))
+    monkeypatch.setattr("common.contact_sheet", lambda file, rows, titles: sheets.append(titles))
     run_here(*command(folder, tmp_path, "--generator", finished / "generators.pt", "--stages", 1,
                       "--gen-scale", 0.5, *flags.split()))
     assert [s["stage"] for s in stages(tmp_path)] == [*left, "pseudo_1", "val_1", "val_crf"]
