@@ -791,7 +791,7 @@ def predict_set(args, run, score, dataset, plain, sharp, crf, stride, scales, mi
             probs = [predict(score, s.image, stride, scales, mirror, run.device) for s in samples]
             if by_tags:
                 probs = [prob * np.r_[True, s.tags][:, None, None] for s, prob in zip(samples, probs)]
-                probs = [prob / prob.sum(0, keepdims=True) for prob in probs]
+                probs = [prob / prob.sum(0, keepdims=True).clip(1e-12) for prob in probs]
             refined = dense_crf([s.image for s in samples], probs, crf, args.crf, args.workers, run.device)
             for name, prob, Q in zip(names, probs, refined):
                 save_label(run.path(plain, name), prob.argmax(0))
