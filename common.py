@@ -746,7 +746,8 @@ class Backbone(nn.Module):
         return taps
 
     def norms(self):
-        return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        kinds = nn.BatchNorm2d, nn.SyncBatchNorm                # no kind of the former, see share_norms
+        return [module for module in self.modules() if isinstance(module, kinds)]
 
     def freeze(self):
         self.frozen = True

@@ -964,6 +964,17 @@ def test_batch_norms_that_learn_are_shared_by_all_gpus(frozen):
     assert any(isinstance(m, nn.SyncBatchNorm) for m in backbone.modules()) != frozen
 
 
+def test_a_backbone_that_learnt_on_several_gpus_is_frozen_like_any_other():
+    """Scl's encoder: its norms are SyncBatchNorm from then on, which is no BatchNorm2d."""
+    backbone = make_backbone("tiny", "none", 16, frozen_bn=False)
+    number = len(backbone.norms())
+    common.share_norms(common.DeepLab(backbone, nn.Identity()))
+    norms = backbone.train().norms()
+    assert len(norms) == number and all(isinstance(m, nn.SyncBatchNorm) and m.training for m in norms)
+    backbone.freeze().train()
+    assert not any(m.training or m.weight.requires_grad for m in norms)
+
+
 def test_enlarging_keeps_float32_under_autocast():
     x = torch.randn(2, 3, 5, 6)
     with torch.autocast("cpu", torch.bfloat16): inside = common.cells_to_pixels(x, 4, (19, 23))
