@@ -169,8 +169,8 @@ def world():
 
 
 def barrier():
-    if world() > 1:
-        dist.barrier()
+    if world() > 1:                                             # nccl guesses a GPU by rank if none is named
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def shard(items):
@@ -225,8 +225,9 @@ def start_processes(device):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         day = datetime.timedelta(days=1)                        # the slowest share of images may take long
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=day)
-        # Else its threads may abort the exit. A net in DDP that still lives keeps them: none is global.
-        atexit.register(dist.destroy_process_group)
+        # Else gloo's threads may abort the exit. A net in DDP that still lives keeps them: none is global.
+        # nccl's group waits for all processes to leave it: one that ends by an error would never end.
+        if dist.get_backend() == "gloo": atexit.register(dist.destroy_process_group)
     return torch.device(device)
 
 

@@ -618,6 +618,28 @@ def test_gpus_that_are_not_there_are_refused(device, gpus, local, words, monkeyp
     with pytest.raises(UserError, match=words): common.start_processes(device)
 
 
+@pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda", "nccl")])
+def test_how_each_backend_waits_and_ends(device, backend, monkeypatch):
+    """nccl: a barrier on the process' own GPU; its group is not left at the exit, which all would have to do."""
+    made, ends, waits = [], [], []
+    for name, value in {"is_available": True, "device_count": 4, "current_device": 2}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(common.dist, "init_process_group", lambda backend, timeout: made.append(backend))
+    monkeypatch.setattr(common.dist, "is_initialized", lambda: bool(made))
+    monkeypatch.setattr(common.dist, "get_backend", lambda: made[0])
+    monkeypatch.setattr(common.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(common.dist, "barrier", lambda device_ids: waits.append(device_ids))
+    monkeypatch.setattr(common.atexit, "register", ends.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    common.start_processes(device)
+    common.barrier()
+    gloo = backend == "gloo"
+    assert made == [backend] and waits == [None if gloo else [2]]
+    assert ends == ([common.dist.destroy_process_group] if gloo else [])
+
+
 def test_a_batch_that_does_not_split_is_refused(tmp_path, monkeypatch):
     @dataclasses.dataclass
     class WithBatch(Args):
