@@ -761,7 +761,7 @@ def walk_images(args, run, names, cams, stride):
 
 
 @torch.no_grad()
-def write_labels(args, run, stride, train_set):
+def synthesise_labels(args, run, stride, train_set):
     """Semantic labels of both rows of Table 2, instance labels of all rows of Table 1.
 
     Writes pseudo/*.png, pseudo_cam/*.png and instances_{displacement,boundary,cam}/*.npz
@@ -1065,7 +1065,7 @@ def main():
         write_cams(args, run, classifier, train_set)                                    # §4.2
         irnet = train_irnet(args, run, classifier, train_set)                           # Eqs. (2)–(9)
         write_fields(args, run, irnet, train_set)                                       # D and B
-        write_labels(args, run, irnet.stride, train_set)                           # Eqs. (10)–(15)
+        synthesise_labels(args, run, irnet.stride, train_set)                           # Eqs. (10)–(15)
         if not run.has("pseudo_instance"):
             draw_irnet(args, run, "train")
             evaluate_labels(args, run, "train")

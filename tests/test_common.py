@@ -968,7 +968,7 @@ def test_predictions_are_not_shifted_whatever_the_size(method, size):
     module, device, scales = importlib.import_module(method), torch.device("cpu"), (0.75, 1.0)
     image = np.zeros((*size, 3), np.uint8)
     image[..., 0] = np.arange(size[1])
-    options = {"rrm": (EveryFourth(), 4, image, scales, True), "lpg": (EveryFourth(), image),
+    options = {"rrm": (EveryFourth(), image, 4, scales, True), "lpg": (EveryFourth(), image),
                "cian": (EveryFourth("self"), image, scales)}.get(method, (EveryFourth(), image, scales))
     prob = module.predict(*options, device)
     assert (prob.argmax(0) == (np.arange(size[1]) > 50)).all()
