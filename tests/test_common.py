@@ -620,7 +620,7 @@ def test_gpus_that_are_not_there_are_refused(device, gpus, local, words, monkeyp
 
 @pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda", "nccl")])
 def test_how_each_backend_waits_and_ends(device, backend, monkeypatch):
-    """nccl: a barrier on the process' own GPU; its group is not left at the exit, which all would have to do."""
+    """nccl: a barrier on the process' own GPU; its group is not left at the exit, where it would wait."""
     made, ends, waits = [], [], []
     for name, value in {"is_available": True, "device_count": 4, "current_device": 2}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
