@@ -660,8 +660,9 @@ class Run:
                                           if key not in ("stage", "iou", "git")))
 
     def table(self):
-        """Prints the stages' numbers as a table."""
+        """Prints the stages' numbers as a table, or that there are none."""
         stages = self.results["stages"]
+        if not stages: return self.say(f"{self.dir} is complete; without masks nothing was scored")
         columns = ["stage", *dict.fromkeys(key for entry in stages for key, value in entry.items()
                                            if type(value) in (int, float))]
         rows = [columns, *([show_value(entry.get(key, "")) for key in columns] for entry in stages)]

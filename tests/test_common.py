@@ -482,6 +482,8 @@ def test_results(tmp_path, capsys):
     capsys.readouterr()
     run.table()
     assert re.search(r"val\s+58\.33", capsys.readouterr().out)
+    Run(Args(out=str(tmp_path / "own"))).table()
+    assert "nothing was scored" in capsys.readouterr().out
 
 
 FIELDS = {"net": ["seed", "lr"], "pseudo": ["radius"]}
