@@ -545,8 +545,13 @@ def read_tags(run, train_set):
     for (name,) in run.todo(["train"], "tags"):
         tags = [tags_in(train_set, each) for each in tqdm(train_set.names, "tags")]
         save_npz(run.path("tags", name, ".npz"), tags=np.array(tags, bool))
-    with np.load(run.path("tags", "train", ".npz")) as file:
-        return file["tags"]
+    path = run.path("tags", "train", ".npz")
+    with np.load(path) as file:
+        tags = file["tags"]
+    if len(tags) != len(train_set):
+        raise UserError(f"{path} has {len(tags)} pictures, the train set {len(train_set)}: the data have "
+                        "changed; start over with --fresh")
+    return tags
 
 
 def write_strong(args, run, train_set, folder):

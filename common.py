@@ -661,8 +661,9 @@ class Run:
                                           if key not in ("stage", "iou", "git")))
 
     def table(self):
-        """Prints the stages' numbers as a table."""
+        """Prints the stages' numbers as a table, or that there are none."""
         stages = self.results["stages"]
+        if not stages: return self.say(f"{self.dir} is complete; without masks nothing was scored")
         columns = ["stage", *dict.fromkeys(key for entry in stages for key, value in entry.items()
                                            if type(value) in (int, float))]
         rows = [columns, *([show_value(entry.get(key, "")) for key in columns] for entry in stages)]
@@ -1623,8 +1624,18 @@ def confusion_of(dataset, label_of):
     confusion = ConfusionMatrix(["background", *dataset.classes])
     for i in shard(range(len(dataset))):
         sample = dataset[i]
-        confusion.add(label_of(sample), sample.mask)
+        label = label_of(sample)
+        check_size(label, sample.mask)
+        confusion.add(label, sample.mask)
     return confusion.reduce()
+
+
+def check_size(label, image):
+    """UserError where a label map (H,W) has another size than its picture (H,W,3) or mask (H,W)."""
+    (h, w), (height, width) = label.shape, image.shape[:2]
+    if (h, w) != (height, width):
+        raise UserError(f"a label map of this run is {w}x{h} pixels, its picture {width}x{height}: the data "
+                        "have changed; start over with --fresh")
 
 
 def mask_ious(masks, truths):
@@ -1696,6 +1707,7 @@ def colour(cell):
 
 def overlay(image, label, alpha=0.5):
     """Labels over the picture; the background stays as it is. image (H,W,3), label (H,W) -> (H,W,3) uint8."""
+    check_size(label, image)
     weight = alpha * (np.asarray(label) != 0)[..., None]
     return np.round(weight * colour(label) + (1 - weight) * image).astype(np.uint8)
 

@@ -27,6 +27,7 @@ import xml.etree.ElementTree as ET
 import zlib
 from pathlib import Path
 from typing import Literal, NamedTuple
+from xml.sax.saxutils import escape
 
 import numpy as np
 import torch
@@ -468,13 +469,14 @@ def read_values(files, classes):
 def read_json(path):
     """The table {name: ...} of a JSON file; {} when there is no such file."""
     with reading(path, "table", "write it as JSON: {\"name\": [...], ...}"):
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
+        return dict(json.loads(path.read_text(encoding="utf-8-sig"))) if path.is_file() else {}
 
 
 def read_classes(path):
     """Class names, one a line, without background."""
     with reading(path, "list of classes", "write one class name a line, without background"):
-        classes = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").splitlines()           # Windows puts a mark in front
+        classes = [line.strip() for line in lines if line.strip()]
         if not 1 <= len(classes) <= 254 or len(set(classes)) < len(classes):
             raise ValueError(f"{len(classes)} names, {len(set(classes))} different; there may be 1 to 254")
     return classes
@@ -488,7 +490,7 @@ def read_list(path, known=()):
     if not Path(path).is_file():
         raise DataError(f"the list {path} does not exist; give train_aug, train or a file of names")
     with reading(path, "list", "write a text file with one name a line"):
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     names = []
     for line in filter(None, map(str.strip, lines)):
         whole, first = (path.stem if path.suffix.lower() in PICTURES else path.name
@@ -1814,8 +1816,15 @@ def export(data: Name, layout: Literal["voc", "coco", "workpiece", "cityscapes",
     splits = splits_of(data, root or f"data/{data}")
     if layout == "gta5": splits = ("rendered",) if "rendered" in splits else ("train",)
     elif layout != "workpiece": splits = [split for split in splits if split != "rendered"]
-    for split in splits:
-        dataset = load(args, split)
+    if not splits: raise DataError(f"{data} has rendered pictures alone; give --layout workpiece or gta5")
+    datasets = {split: load(args, split) for split in splits}
+    bare = [split for split, dataset in datasets.items() if "mask" not in dataset.fields]
+    if bare: raise DataError(f"not all {bare[0]} pictures have a mask; an export needs them")
+    twice = sorted(set.intersection(*(set(dataset.names) for dataset in datasets.values())))
+    if layout == "voc" and twice:
+        raise DataError(f"train and val both have {few(twice)}, and VOC keeps all pictures in one folder; "
+                        "rename those of one")
+    for split, dataset in datasets.items():
         count = min(n or len(dataset), len(dataset))
         LAYOUTS[layout](Path(to), split, dataset.classes, (dataset[i] for i in range(count)))
         print(f"{to}: {count} {split} samples in the {layout} layout")
@@ -1866,14 +1875,15 @@ def export_voc(to, split, classes, samples):
 
 def voc_xml(s, classes):
     """A sample's size and boxes as VOC writes them: inclusive, counted from 1."""
+    names = [escape(name) for name in classes]
     objects = "".join(
-        f"  <object>\n    <name>{classes[int(k) - 1]}</name>\n    <difficult>0</difficult>\n    <bndbox>"
+        f"  <object>\n    <name>{names[int(k) - 1]}</name>\n    <difficult>0</difficult>\n    <bndbox>"
         f"<xmin>{x0 + 1:g}</xmin><ymin>{y0 + 1:g}</ymin><xmax>{x1:g}</xmax><ymax>{y1:g}</ymax></bndbox>\n"
         "  </object>\n"
         for k, x0, y0, x1, y1 in s.boxes)
     height, width = s.image.shape[:2]
     size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
-    return f"<annotation>\n  <filename>{s.name}.jpg</filename>\n  {size}\n{objects}</annotation>\n"
+    return f"<annotation>\n  <filename>{escape(s.name)}.jpg</filename>\n  {size}\n{objects}</annotation>\n"
 
 
 def export_coco(to, split, classes, samples):
@@ -1961,6 +1971,9 @@ def main():
         tyro.extras.subcommand_cli_from_dict(commands, description="")
     except DataError as error:
         sys.exit(f"data.py: {error}")
+    except OSError as error:
+        sys.exit(f"data.py: {error.filename or 'a file'}: {error.strerror}; make room, or give a folder that "
+                 "can be written to")
 
 
 if __name__ == "__main__":

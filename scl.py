@@ -596,8 +596,13 @@ def read_areas(run, dataset, split):
     for (name,) in run.todo([split], "areas", stage="areas"):
         save_npz(run.path("areas", name, ".npz"),
                  areas=class_areas(dataset, tqdm(range(len(dataset)), f"areas of {split}")))
-    with np.load(run.path("areas", split, ".npz")) as file:
-        return file["areas"]
+    path = run.path("areas", split, ".npz")
+    with np.load(path) as file:
+        areas = file["areas"]
+    if len(areas) != len(dataset):
+        raise UserError(f"{path} has {len(areas)} pictures, the {split} set {len(dataset)}: the data have "
+                        "changed; start over with --fresh and without --reuse")
+    return areas
 
 
 def make_pools(args, run, train_set, val_set):

@@ -8,6 +8,7 @@
 
 Every row is one run of the method file in runs/ablations/. The rows of a table and seed share their early
 stages through --reuse of its first row. The same command again continues: a finished row is not run twice.
+Rows that were run with another --extra are refused: they would not compare.
 Writes benchmarks/results/ablation_<method>_<table>_<data>.json and a Markdown table beside it, with the
 paper's column, and says of each ordering of the paper whether it holds; a row that was not run says so.
 """
@@ -182,6 +183,18 @@ def run_row(method, args, row, seed, donor):
         raise SystemExit(f"row '{row.label}', seed {seed} failed; mend it and give the same command again")
 
 
+def check_extra(method, args, table):
+    """Ends this script where a finished row was run with another --extra, by the command that it recorded."""
+    for folder in (folder_of(method, args, row, seed) for row in table.rows for seed in range(args.seeds)):
+        words = shlex.split((finished(folder, table.stages) or {}).get("command", ""))
+        if "--out" not in words: continue
+        extra = words[words.index("--out") + 2:]                        # as run_row writes it
+        if "--reuse" in extra: extra = extra[:extra.index("--reuse")]
+        if extra != shlex.split(args.extra):
+            raise SystemExit(f"{folder} was run with --extra={shlex.quote(shlex.join(extra))}, not with "
+                             f"{shlex.quote(args.extra)}; give that, or choose another --to")
+
+
 def finished(folder, stages):
     """A run's results, or None if its last stage is missing."""
     path = folder / "results.json"
@@ -272,6 +285,7 @@ def run_table(method: str, args: Args) -> None:
     wanted = [int(n) for n in args.rows.split(",")] if args.rows else range(len(table.rows))
     if not all(0 <= n < len(table.rows) for n in wanted) or args.seeds < 1:
         raise SystemExit(f"--rows are numbers from 0 to {len(table.rows) - 1}, --seeds is at least 1")
+    check_extra(method, args, table)
     for seed in range(args.seeds if args.run else 0):
         donor = folder_of(method, args, table.rows[wanted[0]], seed)
         for n in wanted:

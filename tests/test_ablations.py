@@ -75,6 +75,17 @@ def test_an_ordering_of_several_seeds_may_hold_on_average_only():
     assert verdict["holds"] and not verdict["every_seed"] and verdict["gains"] == [10.0, -1.0]
 
 
+def test_rows_of_another_extra_are_refused(args):
+    folder = ablations.folder_of("rrm", args, TABLE.rows[0], 0)
+    results = json.loads((folder / "results.json").read_text())
+    results["command"] = f"python rrm.py --a --out {folder} --cam-steps 3 --reuse there"
+    (folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(SystemExit, match="was run with --extra='--cam-steps 3', not with ''"):
+        ablations.run_table("rrm", args)
+    args.extra = "--cam-steps 3"
+    ablations.run_table("rrm", args)
+
+
 def test_only_missing_rows_are_run_and_share_the_first_one(args, monkeypatch):
     calls = []
     monkeypatch.setattr(ablations, "run_row",

@@ -118,6 +118,9 @@ def test_overlay_and_contact_sheet(tmp_path):
     label[0] = 1
     over = common.overlay(image, label, 0.5)
     assert over[0, 0].tolist() == [114, 50, 50] and (over[1:] == 100).all()
+    for use in (lambda: common.overlay(image, label[1:]), lambda: common.confusion_of(
+            type("Data", (list,), {"classes": ["a"]})([data.Sample(mask=label)]), lambda s: label[:, 1:])):
+        with pytest.raises(UserError, match="the data have changed"): use()
     heat = common.colour(np.array([[0, 1 / 3, 2 / 3, 1]]))
     assert heat[0].tolist() == [[0, 0, 0], [255, 0, 0], [255, 255, 0], [255, 255, 255]]
     rows = [[image, label], [image, label.astype(float)]]
@@ -502,6 +505,8 @@ def test_results(tmp_path, capsys):
     capsys.readouterr()
     run.table()
     assert re.search(r"val\s+58\.33", capsys.readouterr().out)
+    Run(Args(out=str(tmp_path / "own"))).table()
+    assert "nothing was scored" in capsys.readouterr().out
 
 
 FIELDS = {"net": ["seed", "lr"], "pseudo": ["radius"]}

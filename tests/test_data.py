@@ -529,6 +529,31 @@ def test_voc_to_workpiece_and_back(exports, tmp_path, monkeypatch, capsys):
     for i in range(3): assert_same(back[i], original[i], image=False)
 
 
+def test_an_export_keeps_names_with_signs_of_xml(work, tmp_path):
+    """A file of classes may begin with a byte order mark, too, as Windows writes it."""
+    for path in [work / "classes.txt", *work.rglob("*.json")]:
+        path.write_text(path.read_text().replace("oval-fin", "nuts & <bolts>"), encoding="utf-8-sig")
+    data.export("workpiece", "voc", str(tmp_path / "voc"), root=str(work))
+    back, given = (load(args(*place), "train") for place in (("voc", tmp_path / "voc"), ("workpiece", work)))
+    assert back.classes == given.classes and "nuts & <bolts>" in back.classes
+    for i in range(len(given)): assert_same(back[i], given[i], image=False)
+
+
+def test_what_can_not_be_exported(work, tmp_path, monkeypatch, capsys):
+    for path in [*(work / "val").rglob("val_0001.*"), *(work / "val").glob("*.json")]:
+        if path.suffix == ".json": path.write_text(path.read_text().replace("val_0001", "train_0001"))
+        else: path.rename(path.with_stem("train_0001"))
+    flags = "export", "--data", "workpiece", "--root", work, "--to", tmp_path / "to", "--layout"
+    status, _ = command(monkeypatch, capsys, *flags, "voc")             # there the second would replace it
+    assert "train and val both have train_0001" in status and not (tmp_path / "to").exists()
+    assert command(monkeypatch, capsys, *flags, "coco")[0] == 0
+    shutil.rmtree(work / "val" / "masks")
+    assert "not all val pictures have a mask" in command(monkeypatch, capsys, *flags, "workpiece")[0]
+    (tmp_path / "file").touch()
+    flags = "export", "--data", "shapes", "--layout", "voc", "--to", tmp_path / "file"
+    assert "file/VOC2012" in command(monkeypatch, capsys, *flags)[0]
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_coco_gives_the_same_samples_but_numbers_objects_by_size(exports, split):
     back, original = load(args("coco", exports["coco"]), split), load(args("shapes"), split)

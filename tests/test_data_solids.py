@@ -279,6 +279,11 @@ def test_label_ids_and_train_ids_are_the_same(street):
     for a, b in zip(before, after, strict=True): assert (a[2:] == b[2:]).all() and (b[:2] == 255).all()
 
 
+def test_gta5_is_not_exported_to_a_layout_of_real_pictures(exports, tmp_path):
+    with pytest.raises(DataError, match="rendered pictures alone"):
+        export("gta5", "voc", str(tmp_path), root=str(exports / "gta5"))
+
+
 def test_gta5_is_read_in_both_forms(exports):
     dataset = load(arguments("gta5", exports / "gta5"), "rendered")
     modes = [Image.open(path).mode for path in sorted((exports / "gta5" / "labels").iterdir())]

@@ -685,6 +685,14 @@ def test_a_class_with_too_few_pictures_is_left_out_and_a_fold_without_any_refuse
     assert pools[1].any(0).nonzero()[0].tolist() == [2] and not pools[0][:, 2:4].any()
 
 
+def test_areas_of_other_data_are_refused(tmp_path):
+    run = scl.Run(arguments(out=str(tmp_path)))
+    np.savez(run.path("areas", "val", ".npz"), areas=np.zeros((3, 8), int))
+    assert scl.read_areas(run, [None] * 3, "val").shape == (3, 8)
+    with pytest.raises(UserError, match="has 3 pictures, the val set 4: the data have changed"):
+        scl.read_areas(run, [None] * 4, "val")
+
+
 @pytest.mark.parametrize("held_out, kept", [("background", [0, 1, 2, 3]), ("drop", [0, 3])])
 def test_training_pictures_with_held_out_classes(monkeypatch, held_out, kept):
     """Classes 2 and 7 are held out in fold 1; pictures 1 and 2 show a pixel or more of them."""
