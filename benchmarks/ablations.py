@@ -97,6 +97,10 @@ LPG_STAGES = Table(
         Row("ResNet-18", "--generator-net resnet18", 66.5),
         Row("ResNet-101", "--generator-net resnet101", 67.1),
         Row("full supervision", "--supervision full", 69.6)), orders=((1, 0), (2, 3), (3, 0), (0, 4)))
+LPG_SUPERVISION = Table(
+    "Table IV: masks for none, some or all of the target's pictures", ("val_3", "val_2", "val_1", "val_crf"), (
+        Row("boxes", "", 68.4), Row("boxes and some masks", "--supervision semi", 68.7),
+        Row("full supervision", "--supervision full", 69.6)), orders=((0, 1), (1, 2)))
 LPG_MASKS = Table("Table VI: share of the auxiliary masks", ("val_3", "val_2", "val_1"), (
     Row("all", "", 68.4), Row("85 %", "--aux-fraction 0.75", 68.0), Row("60 %", "--aux-fraction 0.5", 67.5),
     Row("30 %", "--aux-fraction 0.25", 65.7)), orders=((3, 2), (2, 1), (1, 0)))
@@ -142,7 +146,7 @@ TABLES = {
     "cian": {"2": CIAN_PARTS, "3": CIAN_PAIRS, "4": CIAN_STRONG},
     "dfr": {"4.4": DFR_BLOCKS, "4.5": DFR_LOSSES, "4.6": DFR_KERNEL, "4.7": DFR_LABELS},
     "irnet": {"2": IRNET_LABELS},
-    "lpg": {"II": LPG_STAGES, "VI": LPG_MASKS},
+    "lpg": {"II": LPG_STAGES, "IV": LPG_SUPERVISION, "VI": LPG_MASKS},
     "rrm": {"2.1": RRM_RATIO, "2.3": RRM_LOSSES, "2.5": RRM_ATTENTION, "2.6": RRM_TWO_STEP},
     "scl": {"5.7": SCL_GUIDES, "5.8": SCL_VECTORS, "5.9": SCL_LOSSES},
     "selftrain_workpiece": {"1": SELFTRAIN_BACKGROUNDS, "4": SELFTRAIN_PARTS},
