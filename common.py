@@ -1789,13 +1789,18 @@ def with_weights(net, state, device):
 
 
 def files_to_predict(source):
-    """A picture, or all of a folder; UserError where there is none, DataError where two have one stem."""
-    from data import PICTURES, stems
+    """A picture, or all of a folder; UserError where there is none, DataError where two would share a file."""
+    from data import PICTURES, DataError, stems
     source = Path(source)
     files = stems(source, PICTURES).values() if source.is_dir() else [source]
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
         raise UserError(f"--predict {source}: no picture there; give some ({', '.join(PICTURES)})")
+    names = {file.stem for file in files}
+    for file in files:
+        if f"{file.stem}_overlay" in names:                     # what save_prediction writes for file.stem
+            raise DataError(f"{file} and a picture {file.stem}_overlay would both write "
+                            f"{file.stem}_overlay.png; rename one of them")
     return files
 
 

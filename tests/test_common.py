@@ -157,6 +157,8 @@ def test_pictures_to_predict(tmp_path):
     (tmp_path / "b.png").write_text("")
     with pytest.raises(data.DataError, match="b.jpg and b.png have one"): common.files_to_predict(tmp_path)
     with pytest.raises(UserError, match="no picture"): common.files_to_predict(tmp_path / "notes.txt")
+    (tmp_path / "b.png").rename(tmp_path / "a_overlay.png")
+    with pytest.raises(data.DataError, match="both write a_overlay.png"): common.files_to_predict(tmp_path)
 
 
 # ---------------------------------------------------------------- metric
