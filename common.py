@@ -1564,7 +1564,9 @@ def crf_pool(workers):
     """Processes for reference_crf, forked by a server without threads and GPU; they end with this one."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["common"])
-    return context.Pool(workers)
+    pool = context.Pool(workers)
+    atexit.register(pool.terminate)                             # else its __del__ complains at the very end
+    return pool
 
 
 # ── Metric ──────────────────────────────────────────────────────────────────────────────────────────────────
