@@ -1791,7 +1791,7 @@ def with_weights(net, state, device):
 
 
 def files_to_predict(source):
-    """A picture, or all of a folder; UserError where there is none, DataError where two would share a file."""
+    """A picture, or all of a folder; UserError where there is none, DataError where two share a file."""
     from data import PICTURES, DataError, stems
     source = Path(source)
     files = stems(source, PICTURES).values() if source.is_dir() else [source]

@@ -85,7 +85,7 @@ class Args:
     train_list: str = "train_aug"
     """VOC: train_aug (10,582, needs SBD), train (1,464), or a file of names"""
     preset: Literal["auto", "paper", "shapes", "photos"] = "auto"
-    """small-scale defaults; auto = shapes for --data shapes, else the paper's. Flags given by hand win"""
+    """small-scale defaults; auto = shapes for --data shapes or solids, else the paper's. Flags by hand win"""
     out: str = ""
     """run folder; default runs/<method>-<data>-<supervision>-s<seed>. The same command again continues it"""
     reuse: str = ""

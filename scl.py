@@ -50,9 +50,11 @@ Departures   [D1] backbones are torchvision's; PFENet's has a stem of three 3x3 
              [D13] a backbone from nothing (--weights none) first learns to segment the fold's training
                   classes; then it stays fixed, as one from ImageNet does
              [D14] presets: narrower decoders, their first weights scaled to that, less dropout, rates for few
-                  steps, fewer pixels that make a picture count, fewer refinements. shapes: training pictures
-                  without held-out classes (--held-out drop), so that an encoder from nothing does not learn
-                  them as background
+                  steps, smaller crops, fewer pixels that make a picture count, one test scale, fewer episodes
+                  and refinements. photos: --init-std 0.02, which for a quarter of the channels is the
+                  paper's 0.01; He's, as for shapes, made scores of ±20 of features that are larger there.
+                  shapes: training pictures without held-out classes (--held-out drop), so that an encoder
+                  from nothing does not learn them as background
              [D15] PASCAL-5i trains on train_aug, 10,582 pictures, for as many steps as 200 epochs of the
                   authors' list of 5,953, which --train-list can name
              [D16] CANet's query: pictures longer than 640 pixels, COCO's longest, are seen at 640
@@ -103,7 +105,7 @@ class Args:
     train_list: str = "train_aug"
     """VOC: train_aug (10,582, needs SBD), train (1,464), or a file of names"""
     preset: Literal["auto", "paper", "shapes", "photos"] = "auto"
-    """small-scale defaults; auto = shapes for --data shapes, else the paper's. Flags given by hand win"""
+    """small-scale defaults; auto = shapes for --data shapes or solids, else the paper's. Flags by hand win"""
     out: str = ""
     """run folder; default runs/<method>-<data>-<supervision>-s<seed>. The same command again continues it"""
     reuse: str = ""
@@ -141,7 +143,7 @@ class Args:
     """training pictures that also show a held-out class: it is background (authors' code), or left out"""
     # --- encoder from nothing ---
     enc_steps: int = 60_000
-    """only with --weights none: segmentation of the training classes [D13]"""
+    """only for tiny and with --weights none: segmentation of the training classes [D13]"""
     enc_batch: int = 8
     """images a step, over all processes"""
     enc_lr: float = 0.05
@@ -166,7 +168,7 @@ class Args:
     width: int = 256
     """§5.4.1: d, channels of all features"""
     dropout: float = 0.5
-    """of the reduced features and, in CANet, of comparison and ASPP (authors' code)"""
+    """of the reduced features and, in CANet, of comparison, ASPP and classifier (authors' code)"""
     init_std: float = 0.01
     """CANet: normal distribution of all new weights (authors' code); 0 = He's √(2/inputs) for narrow ones"""
     empty_history: float = 0.7
@@ -229,7 +231,7 @@ SHAPES = dict(
     test_scales=(1.0,), refinements=1, episodes=300, test_seeds=1, cache=400)
 # A few hundred photographs with a small pretrained backbone on two CPU cores.   [D14]
 PHOTOS = dict(
-    backbone="mobilenet_v2", train_list="train", width=64, dropout=0.1, init_std=0, seg_steps=1000,
+    backbone="mobilenet_v2", train_list="train", width=64, dropout=0.1, init_std=0.02, seg_steps=1000,
     seg_batch=4, seg_lr=2.5e-3, seg_crop=257, test_scales=(1.0,), refinements=1, shots=(1,), episodes=300,
     test_seeds=1, cache=200)
 
@@ -568,6 +570,7 @@ def eq5_17_fuse(scores, U):
     return (U[:, None, None, None] * scores).mean(0).softmax(0)
 
 
+@inference()
 def confidence(net, supports, score):
     """U of these supports by --cgm-score; all alike where each is 0.   [D8]"""
     paper = score == "paper" or net.fpm_support is None
@@ -805,13 +808,10 @@ def network_sized(sample, baseline, size):
 
 
 @inference()
-def encode_support(args, net, image, mask, device, name="support"):
+def encode_support(args, net, image, mask, device):
     """One support picture (H,W,3) and its mask (H,W) {0, 1, 255} -> Supports of K = 1"""
     sample = normalise(network_sized(Sample(image=image, mask=mask), args.baseline, args.seg_crop)[0])
     mask = sample.mask[None].to(device)
-    if not (mask == 1).any():
-        raise UserError(f"{name}: its mask is empty at {args.seg_crop} pixels; give a picture that shows "
-                        "more of the class")
     middle, high = net.encode(sample.image[None].to(device, memory_format=torch.channels_last))
     F_s, M_s = net.reduce_support(middle).float(), to_cells(mask, net.stride)
     return Supports(net.reduce_query(middle).float(), F_s, net.self_guided(F_s, M_s)[0], mask, high,
@@ -890,7 +890,7 @@ def write_test(args, run, net, val_set, episodes):
     @kept
     def support_of(i, k):
         s = picture(i)
-        return encode_support(args, net, s.image, class_mask(s.mask, k), run.device, s.name)
+        return encode_support(args, net, s.image, class_mask(s.mask, k), run.device)
 
     def test(k, query, chosen):
         supports, size = together([support_of(i, k) for i in chosen]), picture(query).mask.shape
@@ -982,7 +982,12 @@ def evaluate_test(args, run, classes, left_out):
             gain = paired_gain(every["class"], queries, every[f"{K}shot_cgm"], every[f"{K}shot_average"])
             run.result(f"test_{K}shot_cgm_gain", shots=K, episodes=len(every["class"]), fold=args.fold,
                        uses_masks=True, **gain)
-    for setting, (K, fuse) in {**settings(args), "self": (1, "none")}.items():
+    if "objects" in every:
+        miou, fb, each = scores_of(every["class"], every["objects"])
+        run.result("test_objects", split="val", fold=args.fold, episodes=args.episodes, uses_masks=True,
+                   miou=float(miou[0]), fb_iou=float(fb[0]),
+                   iou={classes[k - 1]: value for k, value in each.items()})
+    for setting, (K, fuse) in {**settings(args), "self": (1, "none")}.items():      # self: last
         rows, known = [], dict(
             split="val", shots=K, fold=args.fold, baseline=args.baseline, guide=args.guide, fuse=fuse,
             scales=args.test_scales, episodes=args.episodes, left_out=left_out, crf=False, uses_masks=True,
@@ -995,11 +1000,6 @@ def evaluate_test(args, run, classes, left_out):
         (miou, fb), (miou_std, fb_std) = np.mean(rows, axis=0).tolist(), np.std(rows, axis=0).tolist()
         run.result(f"test_{setting}", **known, seeds=len(tests), miou=miou, fb_iou=fb, miou_std=miou_std,
                    fb_iou_std=fb_std, **speed)
-    if "objects" in every:
-        miou, fb, each = scores_of(every["class"], every["objects"])
-        run.result("test_objects", split="val", fold=args.fold, episodes=args.episodes, uses_masks=True,
-                   miou=float(miou[0]), fb_iou=float(fb[0]),
-                   iou={classes[k - 1]: value for k, value in each.items()})
 
 
 def compare_runs(args):
@@ -1047,16 +1047,18 @@ def predict_folder(args):
         raise UserError(f"--predict needs --support-images and as many --support-masks; there are "
                         f"{len(args.support_images)} and {len(args.support_masks)}")
     device, made = start_processes(args.device), Args(**{"share_compare": False, **state["args"]})
-    made.shots, made.fuse = (len(args.support_images),), args.fuse[-1:] or ("cgm",)
-    made.cgm_score = args.cgm_score
-    net = with_weights(make_scl(made, "none"), state, device)
-    images = [read_image(path) for path in args.support_images]
-    supports = together([encode_support(made, net, image, support_mask(path, image), device, path)
-                         for image, path in zip(images, args.support_masks)])
+    net, found = with_weights(make_scl(made, "none"), state, device), []
+    for image, path in zip(map(read_image, args.support_images), args.support_masks):
+        found.append(encode_support(made, net, image, support_mask(path, image), device))
+        if not (found[-1].mask == 1).any():
+            raise UserError(f"support mask {path} is empty at {made.seg_crop} pixels, the network's size; "
+                            "give a picture that shows more of the class")
+    supports, U = together(found), torch.ones(len(found), device=device)                # [D7]
+    if len(found) > 1 and args.fuse[-1:] != ("average",):
+        U = confidence(net, supports, args.cgm_score)
     for image, path in pictures_to_predict(args):
-        views = encode_query(made, net, image, device)
-        (label,) = segment(made, net, views, supports, image.shape[:2]).values()
-        save_prediction(path, image, label)
+        scores = query_scores(net, encode_query(made, net, image, device), supports, image.shape[:2])
+        save_prediction(path, image, (eq5_17_fuse(scores, U).argmax(0) == 1).cpu().numpy())
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1082,7 +1084,7 @@ def main():
         return compare_runs(args)
     if args.predict:
         return predict_folder(args)
-    train_set, val_set = load(args, "train"), load(args, "val")
+    train_set, val_set = (load(args, split, fields=("mask",)) for split in ("train", "val"))
     start_processes(args.device)
     settle_scl(args)
     run = Run(args, FIELDS)

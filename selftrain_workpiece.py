@@ -24,7 +24,8 @@ Commands     python selftrain_workpiece.py                          # embedded s
 Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (SGD). One rate for all
                   layers; the poly schedule, stated for SGD alone, also with Adam
              [D2] classifier: only "classification network, CAM" is known. Here the segmentation network's
-                  backbone with one linear layer, Adam, colour jitter; the whole picture, to lose no tag.
+                  backbone with one linear layer, Adam, colour jitter; the whole picture, to lose no tag, of
+                  at most --cam-resize pixels, which is also the CAM's size.
                   Preset solids, from nothing: a backbone that first learns to segment the rendered parts,
                   on random grounds and in random light, stands for ImageNet's weights in all networks, its
                   batch norm kept; the classifier goes on from its linear layer too
@@ -38,16 +39,16 @@ Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (
              [D6] Eq. (1): mean over the pixels with a label instead of the sum; the lost minus sign is back
              [D7] "labelled as negative" (§3.4) is "unlabelled" in Algorithm 2 and no background: 255
              [D8] ratio p: not stated. Parts cover few pixels and are the least certain, so the most certain
-                  30 % of all pixels would be background alone: 0.9 and more (solids, whose parts cover 6 %:
-                  0.98 and more); CBST's schedule .3, +.05, up to .5 for street scenes
+                  30 % of all pixels would be background alone: 0.9 and more (presets, whose parts cover 6 %
+                  and less: 0.98 and more); CBST's schedule .3, +.05, up to .5 for street scenes
              [D9] Algorithm 2's sorting: a histogram of the confidences in 4,096 steps of -log(1 - S), whose
                   size does not depend on the data set
              [D10] refinement, which Algorithm 2 leaves out: each superpixel takes its most frequent label
                   ("unlabelled" is one), then a dense CRF on label unaries; what is unlabelled stays so
              [D11] SLIC's, Canny's, the dilation's and the CRF's parameters (σ_xy for pictures of 640 pixels;
-                  solids: a quarter), steps, number of rounds and what ends them are not stated; a round goes
-                  on from the weights of the one before. After the last one no labels are made, as nothing
-                  would learn from them
+                  presets: less, as theirs are smaller), steps, number of rounds and what ends them are not
+                  stated; a round goes on from the weights of the one before. After the last one no labels are
+                  made, as nothing would learn from them
              [D12] --no-refine: the next round learns from plain predictions ("simply iteration", §3.4)
              [D13] odd kernels centre feature cell i on pixel stride·i: so CAM and scores are enlarged
              [D14] --supervision full: real masks with α = 1 instead of pseudo labels, beside the rendered
@@ -57,8 +58,8 @@ Departures   [D1] rates: the exponents are lost in the text; 1e-4 (Adam), 1e-3 (
                   they lost keeps its initial mask, or takes the background's labels away: else a part that is
                   lost once is taught as background from then on (paper: "CAM and the super pixel map" refine
                   the predictions, no more is said). So the scores of round_1, round_2, … use tags, those of
-                  val do not, and S of Algorithm 2 is the largest share among the tags' classes. Not with
-                  --initial source, which has no tags
+                  val do not, S of Algorithm 2 is the largest share among the tags' classes, and a picture
+                  without tags, all background, is not ranked. Not with --initial source, which has no tags
              [D17] PSPNet's auxiliary loss (0.4) and scale, mirror and crop augmentation are PSPNet's paper's
 """
 
@@ -101,7 +102,7 @@ class Args:
     train_list: str = "train_aug"
     """VOC: train_aug (10,582, needs SBD), train (1,464), or a file of names"""
     preset: Literal["auto", "paper", "shapes", "photos"] = "auto"
-    """small-scale defaults; auto = shapes for --data shapes, else the paper's. Flags given by hand win"""
+    """small-scale defaults; auto = shapes for --data shapes or solids, else the paper's. Flags by hand win"""
     out: str = ""
     """run folder; default runs/<method>-<data>-<supervision>-s<seed>. The same command again continues it"""
     reuse: str = ""
@@ -132,8 +133,10 @@ class Args:
     rendered: bool = True
     """the rounds learn from rendered pictures too ("+ CAD" of Table 4); the encoder [D2] does in any case"""
     rendered_root: str = ""
-    """folder of the rendered set: workpiece: one with rendered/, default --root; cityscapes: GTA5's, default
-    data/gta5"""
+    """folder of the rendered set: workpiece: one with classes.txt and rendered/, default --root; cityscapes:
+    GTA5's, default data/gta5"""
+    rendered_ground: Literal["rendered", "random"] = "rendered"
+    """what the rendered parts lie on in the rounds: as they were rendered, or on grounds as --enc-ground"""
     background: Literal[-1, 0, 1, 2, 3] = 0
     """solids: ground of the real pictures, cloth, wood, mat, workshop; -1 = all. Table 4: 2"""
     source_only: bool = False
@@ -165,7 +168,7 @@ class Args:
     cam_jitter: float = 0.3
     """brightness, contrast and saturation [D2]"""
     cam_scales: tuple[float, ...] = (1.0,)
-    """scales of the CAM, each with its mirror image"""
+    """scales of the CAM, 1 = the largest of --cam-resize; each with its mirror image"""
     cam_decay: float = 0.99
     """the CAM's threshold starts at 1 and is multiplied by this …"""
     cam_share: float = 0.02
@@ -253,7 +256,8 @@ SOLIDS = dict(
 PHOTOS = dict(
     backbone="mobilenet_v2", cam_stride=16, cam_steps=300, cam_batch=8, cam_resize=(257, 321),
     cam_crop=321, superpixels=400, seg_stride=16, seg_lr=5e-4, seg_steps=300, source_steps=900,
-    seg_batch=8, seg_crop=257, seg_rescale=(0.75, 1.25), rounds=3)
+    seg_batch=8, seg_crop=257, seg_rescale=(0.75, 1.25), rounds=3, ratio=0.98, ratio_step=0.01,
+    ratio_max=1.0, label_crf=CRF(3, 3, 30, 5, 10, 5), seg_crf=CRF(3, 3, 30, 5, 10, 5))       # [D8] [D11]
 # §4.2.2, GTA5 to Cityscapes: chosen by itself with --data cityscapes. Half size, as memory of a GPU allows.
 SCENES = dict(
     backbone="resnet101", initial="source", optimizer="sgd", seg_lr=1e-3, weight_decay=1e-4, seg_steps=40_000,
@@ -266,7 +270,7 @@ FIELDS = {stage: names.split() for stage, names in {
                "enc_lr enc_ground seg_crop seg_rescale rendered_root power",
     "classifier": "train_list background cam_batch cam_lr cam_steps cam_resize cam_crop",
     "initial": "supervision initial cam_scales cam_decay cam_share superpixels compactness initial_rest",
-    "segmenter_1": "rendered source_only spatial source_weight target_weight edge_width "
+    "segmenter_1": "rendered rendered_ground source_only spatial source_weight target_weight edge_width "
                    "optimizer seg_lr momentum weight_decay seg_stride seg_steps source_steps seg_batch "
                    "seg_auxiliary",
     "round_1": "test_scales label_tags",
@@ -303,8 +307,8 @@ def make_pspnet(args, weights, classes):
     start = pretrained(args.backbone, args.weights)
     backbone = make_backbone(args.backbone, weights_of(args.backbone, weights), args.seg_stride, start)
     net = PSPNet(backbone, classes + 1)
-    if args.data == "cityscapes":                               # [D15] e^-100 = 0: never predicted
-        with torch.no_grad(): net.head[-1].bias[0] = net.auxiliary[-1].bias[0] = -100.0
+    if args.data == "cityscapes":                               # [D15] e^-1000 = 0: never predicted
+        with torch.no_grad(): net.head[-1].bias[0] = net.auxiliary[-1].bias[0] = -1000.0
     return net
 
 
@@ -361,8 +365,9 @@ def target_weight(label, form="literal"):
 
 # ── Initial masks (§3.1): arrays in, arrays out ─────────────────────────────────────────────────────────────
 @inference()
-def cam_of_tags(net, image, tags, scales, stride, device):
-    """CAM summed over scales and mirror images, each map from 0, its least value, to 1, its greatest.
+def cam_of_tags(net, image, tags, longer, scales, stride, device):
+    """CAM summed over scales (1: the longer side has `longer` pixels) and mirror images; each map from 0,
+    its least value, to 1, its greatest.
 
     So the CAM of a tag that the classifier does not believe in has a peak too, as the rule of §4.2.1 expects.
     image (H,W,3) uint8, tags (K,) bool -> (K,H,W) float32, absent classes 0
@@ -370,7 +375,7 @@ def cam_of_tags(net, image, tags, scales, stride, device):
     x = normalise(Sample(image=image)).image[None].to(device, memory_format=torch.channels_last)
     total = 0
     for scale in scales:
-        seen = [max(32, round(n * scale)) for n in image.shape[:2]]
+        seen = [max(32, round(n * scale * longer / max(image.shape[:2]))) for n in image.shape[:2]]
         scaled = resize_batch(x, seen)
         scores = net.scores(torch.cat([scaled, scaled.flip(-1)]))[:, tags]
         scores = cells_to_pixels(scores, stride, image.shape[:2], seen)
@@ -489,8 +494,12 @@ def load_rendered(args, classes):
     """The rendered pictures with their masks; the classes must be those of the real ones."""
     street = args.data == "cityscapes"
     root = args.rendered_root or ("data/gta5" if street else args.root)
-    dataset = load(replace(args, data="gta5" if street else args.data, root=root), "rendered",
-                   fields=("mask",))
+    try:
+        dataset = load(replace(args, data="gta5" if street else args.data, root=root), "rendered",
+                       fields=("mask",))
+    except DataError as error:
+        if street: raise
+        raise DataError(f"{error}; or do without rendered pictures: --no-rendered --enc-steps 0") from None
     if dataset.classes != classes:
         raise DataError(f"the rendered set {root} has the classes {', '.join(dataset.classes)}, the real one "
                         f"{args.root} {', '.join(classes)}; give both one classes.txt")
@@ -536,7 +545,7 @@ def on_random_ground(sample, rng):
     return changed(sample, image=image.clip(0, 255).astype(np.uint8))
 
 
-def train_encoder(args, run, classes):
+def train_encoder(args, run, rendered):
     """A backbone from nothing learns to segment the rendered pictures, with one linear layer.   [D2]
 
     Cross-entropy, parts and background averaged separately.   -> DeepLab; None where --enc-steps is 0
@@ -550,8 +559,8 @@ def train_encoder(args, run, classes):
     if not args.enc_steps:
         return None
     run.reseed("encoder")
-    rendered, backbone = load_rendered(args, classes), make_backbone(args.backbone, "none", args.cam_stride)
-    net = DeepLab(backbone, nn.Conv2d(backbone.channels[-1], len(classes) + 1, 1))
+    backbone = make_backbone(args.backbone, "none", args.cam_stride)
+    net = DeepLab(backbone, nn.Conv2d(backbone.channels[-1], len(rendered.classes) + 1, 1))
     ddp = run.place(net).train()
     optim = torch.optim.Adam(net.parameters(), lr=args.enc_lr)
     draws, schedule = Draws(rendered, augment, args.seed), poly(args.enc_steps, args.power)
@@ -614,7 +623,8 @@ def write_initial(args, run, net, train_set):
     with run.timed("initial"):
         for (name,) in run.todo(train_set.names, "initial", stage="initial", beside=("cam",)):
             s = train_set[train_set.index(name)]
-            cam = cam_of_tags(net, s.image, s.tags, args.cam_scales, args.cam_stride, run.device)
+            cam = cam_of_tags(net, s.image, s.tags, args.cam_resize[1], args.cam_scales, args.cam_stride,
+                              run.device)
             index = slic_regions(s.image, args.superpixels, args.compactness)
             label, missed = initial_label(cam, s.tags, index, args.cam_share, args.cam_decay,
                                           args.initial_rest)
@@ -632,12 +642,14 @@ def read_cam(run, name, classes):
     return cam
 
 
-def train_augment(args, weigh):
+def train_augment(args, weigh, ground="rendered"):
     """Scale, mirror image, crop; then the label, from mask or pseudo label, and its spatial weight."""
     def augment(sample, rng):
         sample = rescale(sample, rng.uniform(*args.seg_rescale))
         sample = flip(sample) if rng.random() < 0.5 else sample
         sample = crop(sample, args.seg_crop, rng)
+        if ground == "random":
+            sample = on_random_ground(color_jitter(sample, rng, *[args.cam_jitter] * 3), rng)
         label = sample.mask if hasattr(sample, "mask") else sample.pseudo
         return changed(normalise(Sample(image=sample.image, pseudo=label)),
                        weight=torch.from_numpy(weigh(label)).float())
@@ -659,8 +671,8 @@ def train_round(args, run, stage, steps, number, real, rendered, encoder, net=No
     net: the round before's, which is trained on; a new one where there is none, on the encoder's backbone
     """
     run.reseed(stage)
-    sets = [(dataset, train_augment(args, weighting(args, dataset is rendered)))
-            for dataset in (real, rendered) if dataset is not None]
+    sets = [(dataset, train_augment(args, weighting(args, own), args.rendered_ground if own else ""))
+            for dataset, own in ((real, False), (rendered, True)) if dataset is not None]
     if net is None:
         net = make_pspnet(args, args.weights, len(sets[0][0].classes))
         if encoder is not None: start_from(encoder, net)
@@ -701,9 +713,14 @@ def predict(net, image, scales, device):
     return (total / (2 * len(scales))).cpu().numpy()
 
 
+def by_tags(args):
+    """Whether labels hold classes of the picture's tags only.   [D16]"""
+    return args.label_tags and args.initial == "cam"
+
+
 def of_tags(args, P, tags):
     """Probabilities among background and the picture's own classes alone.   [D16]   P (K+1,H,W), tags (K,)"""
-    if not args.label_tags or args.initial == "source":
+    if not by_tags(args):
         return P
     P = P * np.r_[True, tags][:, None, None]
     return P / P.sum(0, keepdims=True).clip(1e-12)
@@ -725,7 +742,8 @@ def predict_train(args, run, net, train_set, folder):
         for (name,) in run.todo(train_set.names, folder, stage=folder, beside=(f"confidence/{folder}",)):
             sample = train_set[train_set.index(name)]
             P = of_tags(args, predict(net, sample.image, args.test_scales, run.device), sample.tags)
-            save_npz(run.path(f"confidence/{folder}", name, ".npz"), counts=level_counts(P))
+            known = by_tags(args) and not sample.tags.any()     # all background: no place in the ranking
+            save_npz(run.path(f"confidence/{folder}", name, ".npz"), counts=level_counts(P) * (not known))
             save_label(run.path(folder, name), P.argmax(0))
 
 
@@ -900,11 +918,12 @@ def main():
     if args.predict:
         return predict_folder(args)
     train_set, val_set = load_real(args, "train"), load_real(args, "val")
-    rendered = load_rendered(args, train_set.classes) if args.rendered else None
+    rendered = load_rendered(args, train_set.classes) if args.rendered or args.enc_steps else None
     start_processes(args.device)
     check_selftrain(args)
     run, net = Run(args, FIELDS if args.initial == "cam" else SOURCE_FIELDS), None
-    encoder = train_encoder(args, run, train_set.classes)
+    encoder = train_encoder(args, run, rendered)
+    rendered = rendered if args.rendered else None
     if args.source_only or args.initial == "source" and args.supervision != "full":
         net = train_round(args, run, "source", args.source_steps, 0, None, rendered, encoder)    # §4.2.2
     if args.supervision == "full" and not args.source_only:
@@ -914,19 +933,21 @@ def main():
         if args.initial == "cam":
             classifier = train_classifier(args, run, train_set, encoder)                # §3.1
             write_initial(args, run, classifier, train_set)
-            evaluate_stage(args, run, "initial", "train", "initial", ["classifier", "initial"],
+            evaluate_stage(args, run, "initial", "train", "initial", ["encoder", "classifier", "initial"],
                            labels="initial", missed=missed_share(run, train_set))
         else:
             predict_train(args, run, net, train_set, "initial_raw")
             write_round_labels(args, run, net, train_set, "initial_raw", "initial", args.ratio)
             evaluate_stage(args, run, "initial", "train", "initial_raw",
-                           ["source", "initial_raw", "initial"], labels="initial")
+                           ["encoder", "source", "initial_raw", "initial"], labels="initial")
         net = self_train(args, run, train_set, rendered, net, encoder)                  # Algorithm 1
     write_predictions(args, run, net, val_set)
     if not run.has("val_crf"):
         draw_selftrain(args, run, "val", ["val", "val_crf"])
+        timed = (["encoder", "source", "val"] if args.source_only else
+                 ["encoder", "segmenter_1", "val"] if args.supervision == "full" else ["val"])
         for stage in ("val", "val_crf"):
-            evaluate_stage(args, run, stage, "val", stage, ["val"], crf=stage == "val_crf")
+            evaluate_stage(args, run, stage, "val", stage, timed, crf=stage == "val_crf")
     run.table()
 
 

@@ -98,7 +98,8 @@ LPG_STAGES = Table(
         Row("ResNet-101", "--generator-net resnet101", 67.1),
         Row("full supervision", "--supervision full", 69.6)), orders=((1, 0), (2, 3), (3, 0), (0, 4)))
 LPG_SUPERVISION = Table(
-    "Table IV: masks for none, some or all of the target's pictures", ("val_3", "val_2", "val_1", "val_crf"), (
+    "Table IV: masks for none, some or all of the target's pictures",
+    ("val_3", "val_2", "val_1", "val_crf"), (
         Row("boxes", "", 68.4), Row("boxes and some masks", "--supervision semi", 68.7),
         Row("full supervision", "--supervision full", 69.6)), orders=((0, 1), (1, 2)))
 LPG_MASKS = Table("Table VI: share of the auxiliary masks", ("val_3", "val_2", "val_1"), (

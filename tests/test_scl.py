@@ -652,6 +652,17 @@ def test_an_object_too_small_for_the_network_is_named(finished, photographs):
     with pytest.raises(UserError, match="m0.png.*empty at 33 pixels"): predict(finished, photographs, 1)
 
 
+def test_a_test_support_whose_object_vanishes_gives_no_vector():
+    """In the test no episode may end the run: the support says nothing, as in training (Eq. 5.1)."""
+    args = arguments(seg_crop=33)
+    net, image = scl.make_scl(args, "none").eval(), np.zeros((90, 120, 3), np.uint8)
+    mask = np.zeros((90, 120), np.uint8)
+    mask[0, 0] = 1
+    support = scl.encode_support(args, net, image, mask, "cpu")
+    assert not (support.mask == 1).any() and not support.V.any()
+    assert (scl.confidence(net, scl.together([support] * 2), "paper") == 1).all()
+
+
 @pytest.mark.parametrize("more, words", [
     (["--predict", "x"], "checkpoint"), (["--fold", "4"], "--fold 4"), (["--shots", "0"], "from 1"),
     (["--seg-rescale", "1.5", "1.0"], "smaller first"), (["--min-area", "0"], "1 or more"),

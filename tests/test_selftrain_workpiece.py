@@ -122,10 +122,24 @@ def test_cam_of_an_unsure_classifier():
 
     image = np.random.default_rng(0).integers(0, 255, (40, 48, 3)).astype(np.uint8)
     tags = np.array([True, False, True, False])
-    cam = sw.cam_of_tags(Unsure(), image, tags, (1.0, 0.5), 4, "cpu")
+    cam = sw.cam_of_tags(Unsure(), image, tags, 48, (1.0, 0.5), 4, "cpu")
     assert cam.shape == (4, 40, 48) and (cam[[0, 2]].max((1, 2)) == 1).all() and not cam[[1, 3]].any()
     assert (cam[[0, 2]].min((1, 2)) == 0).all() and sw.cam_mask(cam[0], 0.02, 0.99).mean() > 0.02
-    assert not sw.cam_of_tags(Unsure(), image, np.zeros(4, bool), (1.0,), 4, "cpu").any()
+    assert not sw.cam_of_tags(Unsure(), image, np.zeros(4, bool), 48, (1.0,), 4, "cpu").any()
+
+
+def test_the_cam_sees_pictures_at_the_size_of_the_training():
+    """Whatever a picture's size: its longer side has as many pixels as the classifier was trained on."""
+    class Sees:
+        def scores(self, image):
+            seen.append(tuple(image.shape[2:]))
+            return torch.rand(len(image), 1, *(-(-n // 4) for n in image.shape[2:]))
+
+    seen, tags = [], np.array([True])
+    for size in ((120, 80), (60, 40), (30, 20)):
+        cam = sw.cam_of_tags(Sees(), np.zeros((*size, 3), np.uint8), tags, 60, (1.0, 2.0), 4, "cpu")
+        assert cam.shape == (1, *size)
+    assert seen == [(60, 40), (120, 80)] * 3
 
 
 def test_only_whole_superpixels():
@@ -388,6 +402,20 @@ def test_the_joint_loss_falls():
     assert np.mean(history[-2:]) < 0.6 * history[0], history
 
 
+def test_rendered_pictures_on_random_grounds():
+    """--rendered-ground random: the label stays, the white ground goes."""
+    args, rendered = arguments(), load(arguments(), "rendered")
+    weigh, seen = sw.weighting(args, True), {}
+    for ground in ("rendered", "random"):
+        augment = sw.train_augment(args, weigh, ground)
+        seen[ground] = [augment(rendered[i], np.random.default_rng(i)) for i in range(8)]
+    for plain, other in zip(*seen.values()):
+        assert (plain.pseudo == other.pseudo).all() and (plain.weight == other.weight).all()
+    spread = {ground: np.mean([s.image[:, s.pseudo == 0].std().item() for s in samples])
+              for ground, samples in seen.items()}
+    assert spread["random"] > 3 * spread["rendered"]
+
+
 # ---------------------------------------------------------------- runs
 
 TINY = """selftrain_workpiece.py --preset shapes --workers 0 --device cpu --cam-steps 3 --cam-batch 2
@@ -524,14 +552,20 @@ def test_source_only_and_full(folder, tmp_path):
 
 
 def test_real_training_pictures_need_no_masks(folder, tmp_path):
-    """Nor does a set of one part: then nothing of train is scored."""
+    """Nor does a set of one part: nothing of train is scored. A picture without tags is not ranked [D16]."""
     shutil.copytree(folder, tmp_path / "data")
     for part in ("masks", "instances", "scribbles", "boxes.json", "points.json"):
         path = tmp_path / "data" / "train" / part
         if path.is_dir(): shutil.rmtree(path)
         else: path.unlink()
-    run_here(*command(tmp_path / "data", tmp_path / "out", "--rounds", 1, "--seg-steps", 1, "--cam-steps", 1))
+    tags = json.loads((tmp_path / "data" / "train" / "tags.json").read_text())
+    first, *others = sorted(tags)
+    (tmp_path / "data" / "train" / "tags.json").write_text(json.dumps({**tags, first: []}))
+    run_here(*command(tmp_path / "data", tmp_path / "out", "--rounds", 2, "--seg-steps", 1, "--cam-steps", 1))
     assert [s["stage"] for s in stages(tmp_path / "out")] == ["val", "val_crf"]
+    def ranked(name): return np.load(tmp_path / "out/confidence/round_1" / f"{name}.npz")["counts"].sum()
+    assert ranked(first) == 0 and {ranked(name) for name in others} == {160 * 128}
+    assert not read_label(tmp_path / "out/pseudo_1" / f"{first}.png").any(), "all background"
 
 
 def test_street_scenes_start_from_the_source(tmp_path):
@@ -583,7 +617,10 @@ def test_error_rendered_set_with_other_classes(folder, tmp_path):
 
 def test_error_no_rendered_pictures(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "data", ignore=shutil.ignore_patterns("rendered"))
-    with pytest.raises(DataError, match="rendered"): run_here(*command(tmp_path / "data", tmp_path / "out"))
+    for more in ([], ["--no-rendered"]):                        # the encoder needs them in any case
+        with pytest.raises(DataError, match="--no-rendered --enc-steps 0"):
+            run_here(*command(tmp_path / "data", tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_of_another_stage_is_refused(finished, folder):
