@@ -218,7 +218,7 @@ PHOTOS = dict(
     backbone="mobilenet_v2", train_list="train", semi_masks="0.14", seg_stride=16, seg_rates=(3, 6, 9, 12),
     hg_dims=(48, 48, 64, 64, 64, 96), hg_features=128, gen_scale=0.5,                   # [D15]
     gen_steps=600, gen_batch=8, gen_lr=5e-4, gen_crop=256, gen_rescale=(0.75, 1.5),
-    seg_steps=300, seg_batch=8, seg_lr=5e-4, seg_crop=257)
+    seg_steps=300, seg_batch=8, seg_lr=1e-4, seg_crop=257)
 
 # What a stage's result depends on, beside the fields of the stages before it: --reuse compares these.
 FIELDS = {stage: names.split() for stage, names in {
