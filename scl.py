@@ -52,7 +52,7 @@ Departures   [D1] backbones are torchvision's; PFENet's has a stem of three 3x3 
              [D14] presets: narrower decoders, their first weights scaled to that, less dropout, rates for few
                   steps, smaller crops, fewer pixels that make a picture count, one test scale, fewer episodes
                   and refinements. photos: --init-std 0.02, which for a quarter of the channels is the
-                  paper's 0.01; He's, as for shapes, made scores of ±20 of features that are larger there.
+                  paper's 0.01; He's, as for shapes, made scores of ±10 of features that are larger there.
                   shapes: training pictures without held-out classes (--held-out drop), so that an encoder
                   from nothing does not learn them as background
              [D15] PASCAL-5i trains on train_aug, 10,582 pictures, for as many steps as 200 epochs of the
